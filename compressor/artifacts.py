@@ -1,0 +1,204 @@
+"""What lies on disk: tensors in .safetensors, facts in a .json of the same stem, written atomically, never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+from .errors import UserError
+
+SCHEMA = 1
+_TEMPORARY = ".partial-"  # prefix of everything unfinished; swept at the next start
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a number or a file comes from; stands in every JSON that this package writes."""
+
+    version: str
+    commit: str | None
+    command: str
+    seed: int
+    base_model: str
+    base_hash: str
+    data: dict[str, Any] = field(default_factory=dict)  # part -> {"source", "fingerprint", "tokens"}
+    torch: str = torch.__version__
+    transformers: str = transformers.__version__
+    device: str = "cpu"
+    threads: int = 1
+    dtype: str = "float32"
+
+
+def provenance(
+    *, seed: int, base_model: str, base_hash: str, device: str, dtype: str, data: Mapping[str, Any] | None = None
+) -> Provenance:
+    """The provenance of what this process makes now."""
+    from . import __version__
+
+    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return Provenance(
+        version=__version__,
+        commit=_commit(),
+        command=" ".join(arguments),
+        seed=seed,
+        base_model=base_model,
+        base_hash=base_hash,
+        data=dict(data or {}),
+        device=device,
+        threads=torch.get_num_threads(),
+        dtype=dtype,
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this package runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+# ---------------------------------------------------------------- atomic writes
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """A full disk or a read-only folder is the user's to mend: one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was kept of this step") from error
+    except safetensors.SafetensorError as error:  # what a full disk looks like from safetensors
+        raise UserError(f"cannot write {path}: {error}; nothing was kept of this step") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, fsync it, rename it to `path`."""
+    path = Path(path)
+    temporary = path.with_name(_TEMPORARY + path.name)
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, kind: str, body: Mapping[str, Any], origin: Provenance) -> None:
+    """Write `body` with its kind, schema version and provenance."""
+    document = {"kind": kind, "schema": SCHEMA, **body, "provenance": asdict(origin)}
+    write_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path, kind: str, made_by: str) -> dict[str, Any]:
+    """Read what `write_json` wrote. Raises UserError for a missing file, another kind or another schema."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; `gpt2-compress {made_by}` makes it")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not readable JSON ({error}); make it anew with `gpt2-compress {made_by}`"
+        ) from error
+    if not isinstance(document, dict) or document.get("kind") != kind or document.get("schema") != SCHEMA:
+        given = (
+            (document.get("kind"), document.get("schema")) if isinstance(document, dict) else type(document).__name__
+        )
+        raise UserError(
+            f"{path} is {given}, expected ({kind!r}, {SCHEMA}); make it anew with `gpt2-compress {made_by}`"
+        )
+    return document
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a .safetensors file, atomically."""
+    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in sorted(tensors.items())}
+    write_bytes(path, safetensors.torch.save(contiguous, metadata={"format": "pt"}))
+
+
+def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
+    """Read a .safetensors file. Raises UserError when it is missing or damaged."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; `gpt2-compress {made_by}` makes it")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); make it anew with `gpt2-compress {made_by}`") from error
+
+
+@contextmanager
+def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well; else nothing is left.
+
+    Raises UserError when `path` exists and not `force`, or when the disk refuses.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise UserError(f"{path} exists already; give another folder or --force to replace it")
+    temporary = path.with_name(_TEMPORARY + path.name)
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left unfinished in `folder`."""
+    for stale in Path(folder).glob(_TEMPORARY + "*"):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def hash_files(paths: list[Path]) -> str:
+    """sha256 over the contents of files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        with open(path, "rb") as file:
+            digest.update(
+                hashlib.file_digest(file, "sha256").digest()
+                if hasattr(hashlib, "file_digest")
+                else hashlib.sha256(file.read()).digest()
+            )
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""GPT-2's attribute names, spelled here and in modeling/ only.
+
+Linears of the blocks are `Conv1D`: weight (in, out), y = x W + b.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+FFN_LINEARS = ("c_fc", "c_proj")
+
+
+def d_ff(config: GPT2Config) -> int:
+    """Width of an FFN's hidden layer, in neurons."""
+    return config.n_inner if config.n_inner is not None else 4 * config.n_embd
+
+
+def trunk(model: PreTrainedModel) -> Any:
+    """The model without its head: embeddings, blocks, final LayerNorm."""
+    return model.transformer
+
+
+def blocks(model: PreTrainedModel) -> Any:
+    """The blocks, an nn.ModuleList."""
+    return trunk(model).h
+
+
+def ffn(model: PreTrainedModel, layer: int) -> Any:
+    """The FFN of a plain GPT-2's block: `.c_fc` [d, d_ff], `.act`, `.c_proj` [d_ff, d]."""
+    return blocks(model)[layer].mlp
+
+
+def ffn_weights(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c_fc weight [d, d_ff], c_fc bias [d_ff], c_proj weight [d_ff, d], c_proj bias [d] of a plain GPT-2's FFN."""
+    block_ffn = ffn(model, layer)
+    return (
+        block_ffn.c_fc.weight.detach(),
+        block_ffn.c_fc.bias.detach(),
+        block_ffn.c_proj.weight.detach(),
+        block_ffn.c_proj.bias.detach(),
+    )
+
+
+def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Token plus position embeddings: float[batch, context, d] from int64[batch, context]."""
+    base = trunk(model)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return base.drop(base.wte(input_ids) + base.wpe(positions))
+
+
+def run_blocks(
+    model: PreTrainedModel, hidden: Tensor, start: int, stop: int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Blocks start..stop-1 on hidden states [batch, context, d]; attention_mask bool or int [batch, context]."""
+    positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=hidden,
+        attention_mask=attention_mask,
+        past_key_values=None,
+        position_ids=positions,
+    )
+    extra = trunk(model).block_arguments() if hasattr(trunk(model), "block_arguments") else {}
+    for block in blocks(model)[start:stop]:
+        hidden = block(hidden, None, mask, None, use_cache=False, position_ids=positions, **extra)
+    return hidden
+
+
+def final_norm(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """ln_f, applied before the head."""
+    return trunk(model).ln_f(hidden)
+
+
+def device(model: PreTrainedModel) -> torch.device:
+    """Where the model's embeddings, and so its inputs, are."""
+    return trunk(model).wte.weight.device
+
+
+def bank(model: PreTrainedModel) -> Any:
+    """The shared FFNs of a compressed model."""
+    return trunk(model).ffn_bank
+
+
+def ffn_key(layer: int, name: str) -> str:
+    """The state-dict key of a tensor of a layer's FFN, such as "c_fc.weight"."""
+    return f"transformer.h.{layer}.mlp.{name}"
+
+
+def ffn_norm(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
+    """Gain [d] and bias [d] of the LayerNorm in front of an FFN."""
+    norm = blocks(model)[layer].ln_2
+    return norm.weight.detach(), norm.bias.detach()
+
+
+def reset_ffn_norm(model: PreTrainedModel, layer: int) -> None:
+    """Make the LayerNorm in front of an FFN a pure normalisation (its gain and bias were folded elsewhere)."""
+    norm = blocks(model)[layer].ln_2
+    put(norm, "weight", torch.ones_like(norm.weight))
+    put(norm, "bias", torch.zeros_like(norm.bias))
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give a module's parameter this value in the dtype it is to have (works for parameters on the meta device)."""
+    old = getattr(module, name)
+    if old.shape != tensor.shape:
+        raise ValueError(f"{name} has shape {list(old.shape)}, got {list(tensor.shape)}")
+    module.register_parameter(
+        name, nn.Parameter(tensor.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+    )
+
+
+_LAYER = re.compile(r"^transformer\.h\.(\d+)\.")
+
+
+def moved(name: str, layers: dict[int, int]) -> str | None:
+    """The state-dict key of the same tensor when layers are renumbered; None when its layer is gone."""
+    match = _LAYER.match(name)
+    if match is None:
+        return name
+    layer = layers.get(int(match[1]))
+    return None if layer is None else f"transformer.h.{layer}.{name[match.end() :]}"
+
+
+def for_layer(name: str, tensor: Tensor, target: str, config: GPT2Config) -> Tensor:
+    """`tensor` of the state-dict key `name`, so that it acts the same as `target` in another layer.
+
+    Matters only with scale_attn_by_inverse_layer_idx, where layer l divides its attention scores by l + 1: the queries
+    (the first third of c_attn) take up the difference.
+    """
+    if not config.scale_attn_by_inverse_layer_idx or ".attn.c_attn." not in name:
+        return tensor
+    source, destination = (int(_LAYER.match(key)[1]) for key in (name, target))  # type: ignore[index]
+    if source == destination:
+        return tensor
+    scaled = tensor.clone()
+    scaled[..., : config.n_embd] *= (destination + 1) / (source + 1)
+    return scaled
+
+
+def block_tensors(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
+    """Every tensor of a block by its name within the block, such as "attn.c_attn.weight"."""
+    return dict(blocks(model)[layer].state_dict())
+
+
+def block_key(layer: int, name: str) -> str:
+    """The state-dict key of a tensor of a block."""
+    return f"transformer.h.{layer}.{name}"

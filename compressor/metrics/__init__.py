@@ -1,0 +1,11 @@
+"""How models are measured: one file a metric, one definition of each measure."""
+
+from . import perplexity, size
+from .base import Metric, MetricResult, Progress
+
+METRICS: dict[str, Metric] = {
+    "perplexity": Metric(perplexity.measure, perplexity.SETTINGS, needs_data=True),
+    "size": Metric(size.measure, size.SETTINGS, needs_data=False),
+}
+
+__all__ = ["METRICS", "Metric", "MetricResult", "Progress"]

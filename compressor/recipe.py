@@ -1,0 +1,204 @@
+"""A recipe: how a model is made. Strict YAML, key=value overrides, a dump of what was resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from . import benchmark, data, fields
+from .errors import UserError, unknown
+from .rewrites import REWRITES, Rewrite, from_record
+
+_SOURCE_TREE = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Align:
+    method: Literal["activation", "weight", "none"] = "activation"
+    site: Literal["pre", "post"] = "pre"
+    pairs: Literal["chain", "direct"] = "chain"
+    max_tokens: int = 4000
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    metrics: list = field(default_factory=lambda: ["perplexity", "size"])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out of a run."""
+
+    model: str
+    data: str | dict[str, str]
+    seed: int
+    align: Align
+    rewrites: tuple[Rewrite, ...]
+    benchmark: Benchmark
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, in the order of the contract."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "seed": self.seed,
+            "align": dataclasses.asdict(self.align),
+            "rewrites": [rewrite.record() for rewrite in self.rewrites],
+            "benchmark": dataclasses.asdict(self.benchmark),
+        }
+
+    def dump(self) -> str:
+        """YAML that `load` reads back to the same recipe."""
+        return yaml.safe_dump(self.record(), sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------- YAML 1.2 numbers and words
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads 1e-4 as a string and `no` as false (YAML 1.1); this reads them as YAML 1.2 does."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag
+        not in (
+            "tag:yaml.org,2002:bool",
+            "tag:yaml.org,2002:float",
+            "tag:yaml.org,2002:int",
+            "tag:yaml.org,2002:timestamp",
+        )
+    ]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # type: ignore[arg-type]
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML as plain values. Raises UserError, one line, naming `where`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
+
+
+# ---------------------------------------------------------------- load
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(Path(str(entry)).stem for entry in _folder().iterdir() if str(entry).endswith(".yaml"))
+
+
+def _folder() -> Any:
+    try:
+        return resources.files("compressor.recipes")
+    except ModuleNotFoundError:  # run from a source tree that is not installed
+        return _SOURCE_TREE
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by name or from a .yaml file, with `key=value` overrides. Raises UserError for what it cannot read."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {name_or_path} cannot be read ({error})") from error
+    elif name_or_path in names():
+        text = (_folder() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    else:
+        raise unknown("recipe", name_or_path, [*names(), "FILE.yaml"])
+    record = parse_yaml(text, f"recipe {name_or_path}")
+    if not isinstance(record, dict):
+        raise UserError(f"recipe {name_or_path} is no mapping of keys; see `gpt2-compress plan --help`")
+    for override in overrides:
+        _override(record, override)
+    return from_plain(record)
+
+
+def from_plain(record: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values; missing keys take their defaults."""
+    known = [item.name for item in dataclasses.fields(Recipe)]
+    for key in record:
+        if key not in known:
+            raise unknown("recipe key", str(key), known)
+    rewrites = record.get("rewrites")
+    if not isinstance(rewrites, list) or not rewrites or not all(isinstance(item, dict) for item in rewrites):
+        raise UserError(f"rewrites is {rewrites!r}; allowed: a list of rewrites such as [{{rewrite: soft_shared}}]")
+    metrics = fields.from_record(Benchmark, _section(record, "benchmark"), "benchmark")
+    benchmark.check_metrics(metrics.metrics)
+    sources = record.get("data", "demo")
+    data.specs(sources)
+    align = fields.from_record(Align, _section(record, "align"), "align")
+    if align.max_tokens < 2:
+        raise UserError(f"align: max_tokens is {align.max_tokens}; allowed: 2 or more")
+    return Recipe(
+        model=fields.typed("recipe", "model", record.get("model", "demo"), str),
+        data=sources,
+        seed=fields.typed("recipe", "seed", record.get("seed", 0), int),
+        align=align,
+        rewrites=tuple(from_record(item) for item in rewrites),
+        benchmark=metrics,
+    )
+
+
+def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = record.get(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"{name} is {section!r}; allowed: a mapping of its keys")
+    return section
+
+
+def _override(record: dict[str, Any], override: str) -> None:
+    """Set a dotted path; a bare key that is no root key is a field of the rewrite when there is exactly one."""
+    path, _, text = override.partition("=")
+    value = parse_yaml(text, override)
+    parts = path.split(".")
+    roots = [item.name for item in dataclasses.fields(Recipe)]
+    if len(parts) == 1 and path not in roots:
+        rewrites = record.get("rewrites") or []
+        fields_of = {item.name for kind in REWRITES.values() for item in dataclasses.fields(kind)}
+        if path not in fields_of:
+            raise unknown("key", path, [*roots, *fields_of])
+        if len(rewrites) != 1:
+            dotted = ", ".join(f"rewrites.{index}.{path}" for index in range(len(rewrites)))
+            raise UserError(f"{override}: the recipe has {len(rewrites)} rewrites; say which: {dotted}")
+        parts = ["rewrites", "0", path]
+    if parts[0] not in roots:
+        raise unknown("recipe key", parts[0], roots)
+    place: Any = record
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise UserError(
+                    f"{override}: {'.'.join(parts[: depth + 1])} does not exist; allowed: 0 to {len(place) - 1}"
+                )
+            place = place[int(part)]
+        else:
+            place = place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            raise UserError(f"{override}: {'.'.join(parts[: depth + 1])} is {place!r} and has no keys")
+    if isinstance(place, list):
+        raise UserError(f"{override}: name a key of {'.'.join(parts[:-1])}")
+    place[parts[-1]] = value

@@ -1,0 +1,29 @@
+"""How each rewrite is fitted from a pretrained model: one file a rewrite, one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UserError, unknown
+from .base import FitContext, Rewrite
+from .compressed_n import CompressedN
+from .merged_n import MergedN
+from .soft_shared import SoftShared
+
+REWRITES: dict[str, type[Rewrite]] = {
+    "soft_shared": SoftShared,
+    "merged_n": MergedN,
+    "compressed_n": CompressedN,
+}
+
+
+def from_record(record: dict[str, Any]) -> Rewrite:
+    """The rewrite of a record such as {"rewrite": "soft_shared", "rank": 8}. Raises UserError for unknown words."""
+    if "rewrite" not in record:
+        raise UserError(f"a rewrite needs its name: rewrite: one of {', '.join(sorted(REWRITES))}; given: {record}")
+    if record["rewrite"] not in REWRITES:
+        raise unknown("rewrite", str(record["rewrite"]), REWRITES)
+    return REWRITES[record["rewrite"]].from_record(record)
+
+
+__all__ = ["REWRITES", "FitContext", "Rewrite", "from_record"]

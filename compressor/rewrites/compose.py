@@ -1,0 +1,92 @@
+"""Several rewrites, one model: structure first, then the original's tensors where nothing changed, then the fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from .. import gpt2, models
+from ..alignment import Alignments
+from ..data import TokenBlocks
+from ..errors import UserError
+from .base import FitContext, Rewrite
+
+
+def check(rewrites: Sequence[Rewrite], base: GPT2Config) -> None:
+    """Raise UserError for parameters the model cannot take and for sites that two rewrites claim. Costs nothing."""
+    if getattr(base, "model_type", "gpt2") != "gpt2":
+        raise UserError(
+            "this model is a compressed GPT-2 already; `gpt2-compress export PATH --dense OUT` makes a plain one"
+        )
+    owners: dict[str, tuple[int, Rewrite]] = {}
+    for index, rewrite in enumerate(rewrites):
+        rewrite.check(base)
+        if getattr(rewrite, "start", None) == "best":
+            continue  # the search will know
+        for site in sorted(rewrite.sites(base)):
+            if site in owners:
+                other, owner = owners[site]
+                raise UserError(
+                    f"rewrites.{other} ({owner.name}) and rewrites.{index} ({rewrite.name}) both take over {site}; "
+                    "give them windows that do not overlap"
+                )
+            owners[site] = index, rewrite
+
+
+def structure(rewrites: Sequence[Rewrite], base: GPT2Config) -> GPT2Config:
+    """The config of the result. Depth changes come last and from the top, so that all starts count original layers."""
+    config = base
+    for rewrite in (item for item in rewrites if not item.depth):
+        config = rewrite.config(config)
+    for rewrite in sorted(
+        (item for item in rewrites if item.depth), key=lambda item: -min(item.removed(base), default=0)
+    ):
+        config = rewrite.config(config)
+    result = type(config)(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
+    earlier = getattr(base, "compression", None) or []
+    result.compression = [*earlier, *(rewrite.record() for rewrite in rewrites)]
+    return result
+
+
+def layer_map(rewrites: Sequence[Rewrite], base: GPT2Config) -> dict[int, int]:
+    """Original layer -> layer of the result, for the layers that stay."""
+    gone = frozenset[int]().union(*(rewrite.removed(base) for rewrite in rewrites))
+    return {layer: index for index, layer in enumerate(layer for layer in range(base.n_layer) if layer not in gone)}
+
+
+def apply(
+    rewrites: Sequence[Rewrite],
+    original: GPT2LMHeadModel,
+    alignments: Alignments,
+    *,
+    calibration: TokenBlocks | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda message: None,
+) -> GPT2LMHeadModel:
+    """The rewritten model, in evaluation mode. Untouched tensors are the original's own: nothing is copied.
+
+    rewrites: resolved. Raises UserError as `check` does.
+    """
+    base = original.config
+    check(rewrites, base)
+    layers = layer_map(rewrites, base)
+    with torch.no_grad():
+        model = models.build(structure(rewrites, base)).to(original.dtype)  # type: ignore[arg-type]
+        wanted = model.state_dict()
+        kept = {}
+        for name, tensor in original.state_dict().items():
+            target = gpt2.moved(name, layers)
+            if target is not None and target in wanted:
+                kept[target] = gpt2.for_layer(name, tensor, target, base)
+        model.load_state_dict(kept, strict=False, assign=True)
+        context = FitContext(original, alignments, calibration, torch.Generator().manual_seed(seed), layers, progress)
+        for rewrite in rewrites:
+            rewrite.fit(model, context)
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise RuntimeError(f"no rewrite filled {empty[0]}")
+    model.generation_config = original.generation_config
+    return model.to(gpt2.device(original)).eval()
