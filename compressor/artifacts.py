@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from torch import Tensor
 from .errors import UserError
 
 SCHEMA = 1
-_TEMPORARY = ".partial-"  # prefix of everything unfinished; swept at the next start
+_UNFINISHED = ".gpt2-compress-partial-"  # prefix of what is being written; swept at the next start
+_REPLACED = ".gpt2-compress-replaced-"  # prefix of what is being replaced, until its successor is in place
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def provenance(
 def _commit() -> str | None:
     """The commit of the source tree this package runs from; None for an installed wheel."""
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     answer = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return answer.stdout.strip() or None if answer.returncode == 0 else None
@@ -83,17 +84,39 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was kept of this step") from error
+        raise _refused(path, error.strerror or error) from error
     except safetensors.SafetensorError as error:  # what a full disk looks like from safetensors
-        raise UserError(f"cannot write {path}: {error}; nothing was kept of this step") from error
+        raise _refused(path, error) from error
+    except Exception as error:  # and from tokenizers, which raises Exception itself
+        if type(error) is not Exception or "(os error" not in str(error):
+            raise
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, reason: object) -> UserError:
+    final = Path(*(part for part in Path(path).parts if not part.startswith(_UNFINISHED)))
+    return UserError(f"cannot write {final}: {reason}; nothing was kept of this step")
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """The folders above `path` exist; those that had to be made go again when what follows fails."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:  # innermost first
+            with suppress(OSError):  # another process may use it by now
+                folder.rmdir()
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, fsync it, rename it to `path`."""
     path = Path(path)
-    temporary = path.with_name(_TEMPORARY + path.name)
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(_UNFINISHED + path.name)
+    with _disk_errors(path), _parents(path):
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
@@ -117,7 +140,7 @@ def read_json(path: Path, kind: str, made_by: str) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; `gpt2-compress {made_by}` makes it")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is not readable JSON ({error}); make it anew with `gpt2-compress {made_by}`"
         ) from error
@@ -149,16 +172,15 @@ def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
 
 @contextmanager
 def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well; else nothing is left.
+    """A temporary folder beside `path` that takes its place when the block ends well; else nothing has changed.
 
     Raises UserError when `path` exists and not `force`, or when the disk refuses.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # "." has no name to put a prefix before
     if path.exists() and not force:
         raise UserError(f"{path} exists already; give another folder or --force to replace it")
-    temporary = path.with_name(_TEMPORARY + path.name)
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(_UNFINISHED + path.name)
+    with _disk_errors(path), _parents(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -166,12 +188,55 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _fsync(file)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
-            _fsync(path.parent)
+            _take_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; what is there goes only when its successor is in place."""
+    old = path.with_name(_REPLACED + path.name)
+    _remove(old)
+    if os.path.lexists(path):
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        if os.path.lexists(old):
+            os.replace(old, path)
+        raise
+    _fsync(path.parent)
+    with suppress(OSError):  # the next start sweeps it
+        _remove(old)
+
+
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files go into `folder` together, over what is there, when the block ends well; else
+    nothing has changed. Raises UserError when the disk refuses."""
+    folder = Path(os.path.abspath(folder))
+    temporary = folder / (_UNFINISHED + "files")
+    with _disk_errors(folder), _parents(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            files = sorted(temporary.iterdir())
+            for file in files:
+                if (folder / file.name).is_dir():
+                    raise UserError(f"cannot write {folder / file.name}: there is a folder of that name")
+            for file in files:
+                os.replace(file, folder / file.name)
+            _fsync(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:
@@ -183,9 +248,17 @@ def _fsync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left unfinished in `folder`."""
-    for stale in Path(folder).glob(_TEMPORARY + "*"):
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    """Remove what a killed step left unfinished in `folder`, and put back what it was about to replace."""
+    folder = Path(folder)
+    with _disk_errors(folder):
+        for stale in folder.glob(_REPLACED + "*"):
+            place = folder / stale.name.removeprefix(_REPLACED)
+            if os.path.lexists(place):
+                _remove(stale)
+            else:
+                os.replace(stale, place)
+        for stale in folder.glob(_UNFINISHED + "*"):
+            _remove(stale)
 
 
 # ---------------------------------------------------------------- fingerprints

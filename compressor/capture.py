@@ -51,7 +51,7 @@ def capture(model: PreTrainedModel, batches: Iterable[Batch], consumer: Consumer
 
     def hand_on(layer: int, site: str, activations: Tensor) -> None:
         real = activations.flatten(0, 1) if mask is None else activations[mask]
-        if not torch.isfinite(real).all():
+        if not torch.isfinite(real.sum(dtype=torch.promote_types(real.dtype, torch.float32))):
             raise UserError(f"layer {layer} has NaN or infinite activations (site {site}, {real.dtype}); "
                             "the weights must be finite, and float16 may need --dtype float32")
         consumer(layer, site, real)

@@ -1,6 +1,6 @@
 """Runs in a fresh process, without this package: open a saved model as a stranger would and say what it does.
 
-Argument: the model's folder. Prints one JSON object. Imports torch and transformers only.
+Arguments: the model's folder, a sentence. Prints one JSON object. Imports torch and transformers only.
 """
 
 import json
@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 _WEIGHTS = ("*.bin", "*.pt", "*.pkl", "*.pth", "*.ckpt")
 
 
-def main(folder: str) -> dict:
-    custom = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    trust = {"trust_remote_code": True} if custom else {}
+def main(folder: str, sentence: str) -> dict:
+    # a plain GPT-2 needs no code of its own: if one asks for it, it is not run
+    custom = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] != "gpt2"
+    trust = {"trust_remote_code": custom}
     opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **trust)
     model, loading = opened
     model.eval()
@@ -57,7 +58,7 @@ def main(folder: str) -> dict:
             second_difference = (second_model(ids).logits - full).abs().max().item()
         python_files = sorted(file.name for file in Path(second_folder).glob("*.py"))
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
-    sentence = "The film was long, but its 3 endings were not."
+    tokens = tokenizer.encode(sentence)
     return {
         "model_class": type(model).__name__,
         "model_type": AutoConfig.from_pretrained(folder, **trust).model_type,
@@ -78,7 +79,9 @@ def main(folder: str) -> dict:
         "generation_equal": greedy[0] == greedy[1],
         "second_save_difference": second_difference,
         "second_save_files": python_files,
-        "tokenizer_round_trip": tokenizer.decode(tokenizer.encode(sentence)) == sentence,
+        "files": sorted(file.name for file in Path(folder).glob("*.py")) if custom else [],
+        "tokens": tokens,
+        "text": tokenizer.decode(tokens),
         "pickles": sorted(file.name for pattern in _WEIGHTS for file in Path(folder).glob(pattern)),
         "transformers": transformers.__version__,
     }
@@ -87,4 +90,4 @@ def main(folder: str) -> dict:
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    print(json.dumps(main(sys.argv[1])))
+    print(json.dumps(main(*sys.argv[1:])))

@@ -114,7 +114,7 @@ def _how(report: Report, protocol: str) -> str:
 
 def _ratio(report: Report, row: Row, result: MetricResult | None) -> str:
     ratio = report.ratio(row, result) if result else None
-    return MISSING if ratio is None or not math.isfinite(ratio) else f"{ratio:,.3f}"
+    return MISSING if ratio is None else f"{ratio:,.3f}"
 
 
 def _number(result: MetricResult | None) -> str:

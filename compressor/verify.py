@@ -11,28 +11,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import artifacts
+from . import artifacts, modeling
+from .checkpoint import find
 from .errors import UserError
-from .metrics.size import parameters, weight_bytes
+from .metrics.size import parameters
 from .models import OpenModel, probe
 
 TOLERANCE = 1e-4  # on logits in float32: other kernels, other order of sums
+REPORT = "report.json"  # what `rewrite` leaves beside a model
+SENTENCE = "The film was long, but its 3 endings were not."
 _HEADER = 64 * 1024  # bytes of names and shapes a safetensors file may have beside the weights
+_MODELING = Path(modeling.__file__).parent
 
 
 @dataclass(frozen=True)
 class Check:
+    """One thing that was looked at."""
+
     name: str
     passed: bool
     detail: str
 
 
-def verify(opened: OpenModel) -> list[Check]:
-    """Reopen `opened.folder` in a fresh process and compare with the model opened here and with its report."""
+def verify(opened: OpenModel, *, trust: bool = False) -> list[Check]:
+    """Reopen `opened.folder` in a fresh process and compare with the model opened here and with its report.
+
+    The fresh process runs the modeling files that travel with a compressed model. Raises UserError for files that this
+    package would not have written, unless `trust`; for a model that does not open there; for a damaged report.
+    """
+    if not trust:
+        _refuse_foreign_code(opened)
+    report = made(opened.folder)
     fresh = _reopen(opened.folder)
     here = probe(opened.model)
-    count, size = parameters(opened.model), weight_bytes(opened.folder)
-    expected = count * opened.stored_dtype.itemsize
+    count = parameters(opened.model)
+    tokens = opened.tokenizer.encode(SENTENCE)
     checks = [
         Check(
             "opens without this package",
@@ -48,53 +61,101 @@ def verify(opened: OpenModel) -> list[Check]:
         _close("logits equal this process's", fresh["probe"], here),
         Check(
             "cached and uncached forward agree",
-            fresh["cache_difference"] <= TOLERANCE,
+            fresh["cache_difference"] <= TOLERANCE * _size_of(here),
             f"largest difference {fresh['cache_difference']:.1e}",
         ),
         Check("greedy generation is the same with and without cache", fresh["generation_equal"], "8 tokens"),
         Check(
             "no token sees a later one",
-            fresh["causality_difference"] <= 1e-5,
+            fresh["causality_difference"] <= TOLERANCE * _size_of(here),
             f"largest difference {fresh['causality_difference']:.1e}",
         ),
         Check(
             "parameters", fresh["parameters"] == count, f"{fresh['parameters']:,} in the fresh process, {count:,} here"
         ),
-        Check(
-            "bytes",
-            expected <= size <= expected + _HEADER,
-            f"{size:,} on disk for {count:,} parameters of {opened.stored_dtype.itemsize} bytes",
-        ),
+        _bytes(opened, count),
         Check(
             "a second save opens too",
-            fresh["second_save_difference"] <= TOLERANCE
-            and (not fresh["custom_code"] or len(fresh["second_save_files"]) >= 2),
+            fresh["second_save_difference"] <= TOLERANCE * _size_of(here)
+            and fresh["second_save_files"] == fresh["files"],
             f"largest difference {fresh['second_save_difference']:.1e}",
         ),
-        Check("tokenizer round trip", fresh["tokenizer_round_trip"], "encode, decode"),
+        Check(
+            "the tokenizer gives the same tokens",
+            fresh["tokens"] == tokens and fresh["text"] == opened.tokenizer.decode(tokens),
+            f"{len(tokens)} of a sentence",
+        ),
         Check("no pickle", not fresh["pickles"], ", ".join(fresh["pickles"]) or "safetensors only"),
     ]
-    report = opened.folder / "report.json"
-    if report.is_file():
-        stored = artifacts.read_json(report, "rewrite", "rewrite")
-        checks.append(_close("logits equal those when it was made", fresh["probe"], stored["probe"]))
-        checks.append(
+    if report is not None:
+        checks += [
+            Check(
+                "weight files are those that were made", report["weights"] == opened.hash, f"sha256 {opened.hash[:12]}"
+            ),
+            _close("logits equal those when it was made", fresh["probe"], report["probe"]),
             Check(
                 "parameters equal those when it was made",
-                stored["parameters"] == fresh["parameters"],
-                f"{stored['parameters']:,}",
-            )
-        )
+                report["parameters"] == fresh["parameters"],
+                f"{report['parameters']:,}",
+            ),
+        ]
     return checks
 
 
+def made(folder: Path) -> dict[str, Any] | None:
+    """The report that `rewrite` left beside a model; None beside any other model. Raises UserError for a damaged one."""
+    path = Path(folder) / REPORT
+    if not path.is_file():
+        return None
+    document = artifacts.read_json(path, "rewrite", "rewrite --force")
+    shapes = {"weights": str, "parameters": int, "parameters_before": int, "probe": dict, "provenance": dict}
+    wrong = [key for key, kind in shapes.items() if not isinstance(document.get(key), kind)]
+    lists = [document["probe"].get(key) for key in ("ids", "tokens", "logits", "logsumexp")] if not wrong else []
+    if wrong or not all(isinstance(entry, list) for entry in lists):
+        raise UserError(f"{path} is damaged ({', '.join(wrong) or 'probe'}); make it anew with `gpt2-compress rewrite`")
+    return document
+
+
+def _refuse_foreign_code(opened: OpenModel) -> None:
+    """The fresh process runs a compressed model's own files: they must be those that this package ships."""
+    if opened.plain:  # reopened without trust_remote_code, whatever lies there
+        return
+    given = getattr(opened.model.config, "auto_map", None)
+    if given is not None and given != modeling.AUTO_MAP:
+        raise UserError(f"{opened.name}: the auto_map in its config.json is not this package's; --force runs it anyway")
+    for file in sorted(opened.folder.glob("*.py")):
+        own = _MODELING / file.name
+        if not own.is_file() or own.read_bytes() != file.read_bytes():
+            raise UserError(
+                f"{file} is not the file that this package ships, and verifying runs it; --force runs it anyway"
+            )
+
+
+def _bytes(opened: OpenModel, count: int) -> Check:
+    """The weight files hold every parameter once; what foreign checkpoints hold besides is told."""
+    found = find(opened.name if opened.name == "demo" else str(opened.folder))
+    expected, foreign = count * opened.stored_dtype.itemsize, found.foreign_bytes
+    ours = bool(getattr(opened.model.config, "compression", None))
+    once = expected <= found.bytes - foreign <= expected + _HEADER * len(found.files)
+    return Check(
+        "bytes",
+        once and not (ours and foreign),
+        f"{found.bytes:,} on disk for {count:,} parameters of {opened.stored_dtype.itemsize} bytes"
+        + (f" and {foreign:,} of other tensors" if foreign else ""),
+    )
+
+
+def _size_of(values: dict[str, Any]) -> float:
+    """What differences of logits are compared with: rounding grows with the numbers."""
+    return max(1.0, *(abs(value) for value in values["logsumexp"]))
+
+
 def _close(name: str, one: dict[str, Any], other: dict[str, Any]) -> Check:
-    if one["ids"] != other["ids"] or one["tokens"] != other["tokens"]:
+    pairs = [(one[key], other[key]) for key in ("logits", "logsumexp")]
+    if one["ids"] != other["ids"] or one["tokens"] != other["tokens"] or any(len(a) != len(b) for a, b in pairs):
         return Check(name, False, "not the same probe")
-    pairs = zip([*one["logits"], *one["logsumexp"]], [*other["logits"], *other["logsumexp"]], strict=True)
-    difference = max(abs(a - b) for a, b in pairs)
-    largest = max(1.0, max(abs(value) for value in other["logsumexp"]))
-    return Check(name, difference <= TOLERANCE * largest, f"largest difference {difference:.1e}")
+    difference = max(abs(a - b) for first, second in pairs for a, b in zip(first, second, strict=True))
+    return Check(name, difference <= TOLERANCE * _size_of(other), f"largest difference {difference:.1e}")
 
 
 def _reopen(folder: Path) -> dict[str, Any]:
@@ -102,7 +163,8 @@ def _reopen(folder: Path) -> dict[str, Any]:
     script = Path(__file__).with_name("reopen.py")
     start = (
         "import runpy, sys; sys.modules['compressor'] = None; "
-        f"sys.argv = [{str(script)!r}, {str(folder.resolve())!r}]; runpy.run_path({str(script)!r}, run_name='__main__')"
+        f"sys.argv = [{str(script)!r}, {str(folder.resolve())!r}, {SENTENCE!r}]; "
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     with tempfile.TemporaryDirectory() as scratch:
         environment = {

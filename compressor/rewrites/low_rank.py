@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _ROUNDS = 12  # of the alternation; the error falls monotonically and has settled long before
+_UNSEEN = 1e-4  # of the mean variance
 _NOTHING = 1e-12  # a direction this much weaker than the strongest is rounding, not a delta
 
 
@@ -27,6 +28,8 @@ def low_rank(residual: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor
         return residual.new_zeros(width_in, 0), residual.new_zeros(0, width_out)
     if rank == min(width_in, width_out):
         moment = None  # nothing is cut off: exact whatever the data say
+    if moment is not None:  # directions the data never showed count a little, not nothing
+        moment = moment + _UNSEEN * moment.diagonal().mean() * torch.eye(width_in).to(moment)
     if width_out <= width_in:
         gram = residual.T @ (residual if moment is None else moment @ residual)  # [out, out]
         values, vectors = torch.linalg.eigh(gram)

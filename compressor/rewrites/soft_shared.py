@@ -31,7 +31,8 @@ class SoftShared(WindowRewrite):
     """W_l = W_c + A_l B_l for both linears of the window's FFNs; LayerNorms (and biases) stay per layer.
 
     rank: of every delta; 0 = none. base: "anchor" = the anchor's weights, "mean" = of the aligned weights, "lsq" =
-    fitted jointly with the deltas on calibration data, the output projections against the FFNs' true outputs.
+    base, deltas and per-layer biases fitted jointly on calibration data, the output projections against the FFNs' true
+    outputs.
     delta_init: "svd" = truncated SVD of the residual, "asvd" = truncated under the second moment of the linear's input,
     "lora" = A ~ N(0, 0.02), B = 0. fold_ln: fold ln_2's gain and bias into c_fc before sharing.
     """
@@ -101,7 +102,8 @@ class _Group:
                 gain, shift = (tensor.double() for tensor in gpt2.ffn_norm(context.original, layer))
                 fc, fc_bias = gain[:, None] * fc, fc_bias + shift @ fc
             self.weights[layer] = fc, fc_bias, proj, proj_bias
-        self.data = rewrite.base == "lsq" or rewrite.delta_init == "asvd"  # needs calibration text
+        whitened = rewrite.delta_init == "asvd" and rewrite.rank > 0
+        self.data = rewrite.base == "lsq" or whitened  # needs calibration text
 
     def fit(self, model: GPT2LMHeadModel) -> None:
         group = group_index(model, self.context.layers[self.window.start])
@@ -162,8 +164,8 @@ class _Group:
 
     @property
     def _centred(self) -> bool:
-        """A bias per layer takes up the mean error, so the weights need only answer for the rest."""
-        return self.rewrite.bias == "per_layer"
+        """Fitted biases, one per layer, take up the mean error, so the weights need only answer for the rest."""
+        return self.rewrite.base == "lsq" and self.rewrite.bias == "per_layer"
 
     def _moment(self, moments: SecondMoments) -> Tensor:
         return moments.covariance() if self._centred else moments.second_moment()

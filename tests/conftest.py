@@ -1,0 +1,113 @@
+"""Tiny GPT-2 checkpoints and a text, made once a session; whoever changes a model or a folder gets a copy."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+END = "<|endoftext|>"
+_WORDS = (
+    "the a one this that film story actor scene ending music camera river house winter summer dog garden letter friend "
+    "was is seemed felt looked became slow quick warm dark long short quiet clever careless and but because while with "
+    "without near after before never often almost loved hated forgot remembered watched wrote opened carried followed"
+).split()
+
+
+def make_text(sentences: int, seed: int = 0) -> str:
+    """English-looking sentences, one a line; the same ones for the same seed."""
+    chooser = random.Random(seed)
+    lines = []
+    for _ in range(sentences):
+        words = " ".join(chooser.choices(_WORDS, k=chooser.randint(5, 14)))
+        lines.append(words.capitalize() + chooser.choice((".", "!", f", {chooser.randint(1, 99)}.")))
+    return "\n".join(lines) + "\n"
+
+
+def make_config(**changes) -> GPT2Config:
+    """6 layers, d 32, 4 heads, 64 positions, 320 tokens, no dropout, unless `changes` say otherwise."""
+    fields = {
+        "vocab_size": 320,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 6,
+        "n_head": 4,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPT2Config(**{**fields, **changes})
+
+
+def make_model(config: GPT2Config, seed: int = 0) -> GPT2LMHeadModel:
+    """Random weights in which everything matters: biases and LayerNorms too are away from 0 and 1."""
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+            elif ".ln_" in name:
+                parameter.normal_(1.0, 0.2)
+            else:
+                parameter.normal_(0.0, 0.12)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_config() -> GPT2Config:
+    return make_config()
+
+
+@pytest.fixture(scope="session")
+def _tiny_model() -> GPT2LMHeadModel:
+    return make_model(make_config())
+
+
+@pytest.fixture
+def tiny_model(_tiny_model) -> GPT2LMHeadModel:
+    """A model of its own for every test."""
+    return copy.deepcopy(_tiny_model)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A .txt of some 22,000 tokens of `tiny_tokenizer`."""
+    file = tmp_path_factory.mktemp("text") / "story.txt"
+    file.write_text(make_text(700), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(text_file) -> GPT2Tokenizer:
+    """Byte-level BPE of at most 320 tokens; token 0 is the end of text."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(text_file.read_text(encoding="utf-8").splitlines(), trainer)
+    parts = json.loads(trained.to_str())["model"]
+    merges = [tuple(pair) for pair in parts["merges"]]
+    return GPT2Tokenizer(vocab=parts["vocab"], merges=merges, bos_token=END, eos_token=END, unk_token=END)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, _tiny_model, tiny_tokenizer) -> Path:
+    """A save_pretrained folder with its tokenizer. Read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    _tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
