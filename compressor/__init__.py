@@ -1,3 +1,87 @@
-"""gpt2-compress: make pretrained GPT-2 checkpoints smaller and faster, and prove what that cost."""
+"""gpt2-compress: make pretrained GPT-2 checkpoints smaller and faster, and prove what that cost.
+
+Importing this package teaches transformers the model type `gpt2_compressed`: from then on
+`AutoModelForCausalLM.from_pretrained` opens a compressed folder without `trust_remote_code`. The import itself is
+cheap: it waits for transformers, in whichever order the two are imported, and the names below are fetched when used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .modeling import (
+        GPT2CompressedConfig,
+        GPT2CompressedForSequenceClassification,
+        GPT2CompressedLMHeadModel,
+        GPT2CompressedModel,
+    )
+    from .models import OpenModel, open_model
+    from .rewrites import REWRITES, Rewrite
+    from .rewrites.compose import apply
+
+__all__ = [
+    "REWRITES",
+    "GPT2CompressedConfig",
+    "GPT2CompressedForSequenceClassification",
+    "GPT2CompressedLMHeadModel",
+    "GPT2CompressedModel",
+    "OpenModel",
+    "Rewrite",
+    "UserError",
+    "__version__",
+    "apply",
+    "open_model",
+]
+
+_HOMES = {"UserError": "errors", "OpenModel": "models", "open_model": "models", "apply": "rewrites.compose"}
+_HOMES |= {"REWRITES": "rewrites", "Rewrite": "rewrites"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'modeling')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _AfterTransformers(MetaPathFinder):
+    """Finds transformers as everybody else would, and has the model registered once it is imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: Any) -> None:
+                run(module)
+                _register()
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    from .modeling import register
+
+    register()
+
+
+if "transformers" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _AfterTransformers())

@@ -186,13 +186,18 @@ def align_weights(model: GPT2LMHeadModel, *, pairs: str = "chain", n: int | None
 
     Maximising the sum of inner products is minimising the squared distance of the two FFNs' weights, the residual that
     is left when they are averaged. The similarities reported are cosines of the same vectors.
+
+    Raises UserError for unknown pairs and for weights that are not finite.
     """
     wanted = layer_pairs(len(gpt2.blocks(model)), pairs, n=n, anchor=anchor, start=start)
     width = gpt2.d_ff(model.config)
 
     def vectors(layer: int) -> Tensor:
         fc, bias, proj, _ = gpt2.ffn_weights(model, layer)
-        return torch.cat([fc.T, bias[:, None], proj], dim=1).float()  # [d_ff, 2 d + 1]
+        result = torch.cat([fc.T, bias[:, None], proj], dim=1).float()  # [d_ff, 2 d + 1]
+        if not torch.isfinite(result).all():
+            raise UserError(f"layer {layer} has NaN or infinite weights; it cannot be aligned")
+        return result
 
     def product(anchor: int, layer: int) -> Tensor:
         return vectors(anchor) @ vectors(layer).T
@@ -215,13 +220,12 @@ def _solve(pairs: Sequence[tuple[int, int]], similarity: Callable[[int, int], Te
     """
 
     def solve(pair: tuple[int, int]) -> Alignment:
-        reported = similarity(*pair)
+        reported = similarity(*pair).cpu()
         permutation = assign(reported)
         if report is not None:
-            reported = report(*pair)
-        quality = _quality(reported, permutation, dead(pair[0]), dead(pair[1]), seed)
-        matched = reported[torch.arange(len(permutation)), permutation]
-        return Alignment(*pair, permutation, matched.float().cpu(), quality)
+            reported = report(*pair).cpu()
+        quality = _quality(reported, permutation, dead(pair[0]).cpu(), dead(pair[1]).cpu(), seed)
+        return Alignment(*pair, permutation, reported[torch.arange(len(permutation)), permutation].float(), quality)
 
     # scipy 1.17 frees the GIL while it solves: four of 3072^2 took 1.41 s in two threads, 2.80 s in one.
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as executor:
@@ -230,11 +234,11 @@ def _solve(pairs: Sequence[tuple[int, int]], similarity: Callable[[int, int], Te
 
 def assign(similarity: Tensor) -> Tensor:
     """int64[n]: for each row its column, such that the sum of float[n, n] `similarity` over the matches is greatest."""
-    values = similarity.double()
+    values = similarity.cpu().double()
     # What a row falls short of its best, then a column of its least: the same optimum, found in 0.6 of the time.
     cost = values.amax(1, keepdim=True) - values
     cost -= cost.amin(0)
-    _, columns = linear_sum_assignment(cost.cpu().numpy())
+    _, columns = linear_sum_assignment(cost.numpy())
     return torch.from_numpy(columns).long()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -83,6 +84,17 @@ def build(config: GPT2Config) -> GPT2LMHeadModel:
         return model_class(config)  # type: ignore[arg-type]
 
 
+def structure_hash(config: GPT2Config) -> str:
+    """The same for two models exactly when they hold the same tensors, shared by the same layers."""
+    shapes = sorted((key, list(tensor.shape)) for key, tensor in build(config).state_dict().items())
+    return hashlib.sha256(json.dumps([shapes, shared_layers(config)]).encode()).hexdigest()[:12]
+
+
+def shared_layers(config: GPT2Config) -> list[list[int]]:
+    """The layers of each group that shares an FFN."""
+    return [entry["layers"] for entry in getattr(config, "ffn_groups", None) or []]
+
+
 # ---------------------------------------------------------------- where
 
 
@@ -91,7 +103,7 @@ def locate(name: str) -> Path:
     if name == "demo":
         return demo.CHECKPOINT
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if (folder / "config.json").is_file():
             return folder
         for step in ("recovered", "rewritten"):
@@ -102,7 +114,7 @@ def locate(name: str) -> Path:
                 f"{name} is a run folder without a model yet; `gpt2-compress rewrite --run {name}` makes one"
             )
         raise UserError(f"{name} is a folder without config.json; allowed: {ALLOWED}")
-    if folder.exists():
+    if name and folder.exists():
         raise UserError(f"{name} is a file; allowed: {ALLOWED}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{name or repr(name)} does not exist; allowed: {ALLOWED}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -12,7 +13,15 @@ from .errors import UserError, unknown
 
 T = TypeVar("T")
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "null",
+}
 
 
 def from_record(cls: type[T], record: Mapping[str, Any], owner: str) -> T:
@@ -36,6 +45,8 @@ def typed(owner: str, key: str, value: Any, kind: Any) -> Any:
                 return value
         elif option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
+        elif option is float and isinstance(value, float) and not math.isfinite(value):
+            continue  # .inf and .nan are numbers of YAML, but of no setting
         elif isinstance(value, typing.get_origin(option) or option) and (option is bool or not isinstance(value, bool)):
             return value
     allowed = [
@@ -44,7 +55,7 @@ def typed(owner: str, key: str, value: Any, kind: Any) -> Any:
         for name in (
             typing.get_args(option)
             if typing.get_origin(option) is typing.Literal
-            else [_WORDS.get(option, str(option))]
+            else [_WORDS.get(typing.get_origin(option) or option, str(option))]
         )
     ]
     raise UserError(f"{owner}: {key} is {value!r}; allowed: {', '.join(allowed)}")

@@ -56,49 +56,61 @@ class Recipe:
 
     def dump(self) -> str:
         """YAML that `load` reads back to the same recipe."""
-        return yaml.safe_dump(self.record(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.record(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 # ---------------------------------------------------------------- YAML 1.2 numbers and words
 
+_TAG = "tag:yaml.org,2002:"
+_CORE = [  # what is no string in YAML 1.2's core schema, as (tag, pattern, first characters)
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+]
+
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads 1e-4 as a string and `no` as false (YAML 1.1); this reads them as YAML 1.2 does."""
+    """PyYAML reads 1e-4 as a string and `no` as false (YAML 1.1); this reads them as YAML 1.2 does. A key that stands
+    twice in a mapping is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's convention)
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag in (_TAG + "null", _TAG + "merge")]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    letter: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag
-        not in (
-            "tag:yaml.org,2002:bool",
-            "tag:yaml.org,2002:float",
-            "tag:yaml.org,2002:int",
-            "tag:yaml.org,2002:timestamp",
-        )
-    ]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # type: ignore[arg-type]
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around every string that YAML 1.1 or 1.2 would read as something else."""
+
+
+def _whole_number(loader: yaml.SafeLoader, node: Any) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+for _name, _pattern, _first in _CORE:
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor(_TAG + "int", _whole_number)
+_Loader.yaml_constructors.pop(_TAG + "timestamp")  # else a broken `!!timestamp` is no YAMLError
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """YAML as plain values. Raises UserError, one line, naming `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: `!!int x`
         raise UserError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
 
 
@@ -150,13 +162,16 @@ def from_plain(record: Mapping[str, Any]) -> Recipe:
     benchmark.check_metrics(metrics.metrics)
     sources = record.get("data", "demo")
     data.specs(sources)
+    seed = fields.typed("recipe", "seed", record.get("seed", 0), int)
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"recipe: seed is {seed}; allowed: whole numbers from 0 to 2^63 - 1")
     align = fields.from_record(Align, _section(record, "align"), "align")
     if align.max_tokens < 2:
         raise UserError(f"align: max_tokens is {align.max_tokens}; allowed: 2 or more")
     return Recipe(
         model=fields.typed("recipe", "model", record.get("model", "demo"), str),
         data=sources,
-        seed=fields.typed("recipe", "seed", record.get("seed", 0), int),
+        seed=seed,
         align=align,
         rewrites=tuple(from_record(item) for item in rewrites),
         benchmark=metrics,
@@ -190,7 +205,7 @@ def _override(record: dict[str, Any], override: str) -> None:
     place: Any = record
     for depth, part in enumerate(parts[:-1]):
         if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
+            if not part.isdecimal() or int(part) >= len(place):
                 raise UserError(
                     f"{override}: {'.'.join(parts[: depth + 1])} does not exist; allowed: 0 to {len(place) - 1}"
                 )

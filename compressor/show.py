@@ -24,8 +24,17 @@ def plan(body: dict[str, Any]) -> str:
             f"bytes            {_change(body['bytes_before'], body['bytes'])}",
             f"FLOPs per token  {_change(body['flops_per_token_before'], body['flops_per_token'])}",
             f"time to make     about {body['seconds_to_make']:.0f} s here",
+            *([f"note             {note}"] if (note := _twins(body)) else []),
         ]
     )
+
+
+def _twins(body: dict[str, Any]) -> str:
+    if body["structure"] == body["structure_before"]:
+        return "the same structure as before: no smaller and no faster"
+    if body["same_structure_as"]:
+        return f"{', '.join(body['same_structure_as'])} would give the same structure"
+    return ""
 
 
 def alignment(run: str, method: str, tokens: int, rows: list[dict[str, Any]]) -> str:
@@ -37,8 +46,8 @@ def alignment(run: str, method: str, tokens: int, rows: list[dict[str, Any]]) ->
         "layer -> anchor   matched  identity  random  dead",
     ]
     lines += [
-        f"{row['layer']:5d} -> {row['anchor']:<6d}   {row['matched']:7.3f}  {row['identity']:8.3f}  {row['random']:6.3f}"
-        f"  {row['dead_anchor'] + row['dead_layer']:4d}"
+        f"{row['layer']:5d} -> {row['anchor']:<6d}   {row['matched']:7.3f}  {row['identity']:8.3f}  "
+        f"{row['random']:6.3f}  {row['dead_anchor'] + row['dead_layer']:4d}"
         for row in rows
     ]
     return "\n".join(lines) if rows else f"no alignment (method none) in {run}: every neuron stays where it is"
@@ -77,7 +86,8 @@ def model(body: dict[str, Any]) -> str:
         )
     ]
     for record in body["compression"]:
-        lines.append("made by          " + ", ".join(f"{key}={value}" for key, value in record.items()))
+        settings = ", ".join(f"{key}={value}" for key, value in record.items() if key != "rewrite")
+        lines.append(f"made by          {record.get('rewrite')}: {settings}")
     for index, group in enumerate(body["ffn_groups"]):
         lines.append(f"shared FFN {index}     layers {group['layers']}, rank {group['rank']}, bias {group['bias']}")
     for row in body.get("alignment", []):
@@ -86,3 +96,24 @@ def model(body: dict[str, Any]) -> str:
             f"{row['identity']:.3f}"
         )
     return "\n".join(lines)
+
+
+def checks(rows: list[dict[str, Any]]) -> str:
+    """What was verified."""
+    return "\n".join(f"{'ok  ' if row['passed'] else 'FAIL'}  {row['name']}: {row['detail']}" for row in rows)
+
+
+def export(body: dict[str, Any]) -> str:
+    """What was exported."""
+    return (
+        f"{body['path']}: plain GPT-2, {body['layers']} layers, {body['parameters']:,} parameters, "
+        f"{body['bytes']:,} bytes"
+    )
+
+
+def demo(run: str) -> str:
+    """Where to go from a finished demo."""
+    return (
+        f"{run}/rewritten opens with from_pretrained; `gpt2-compress verify {run}` proves it; {run}/report.md has the "
+        "table"
+    )

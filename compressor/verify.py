@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import GPT2Config
+
 from . import artifacts, modeling
 from .checkpoint import find
 from .errors import UserError
@@ -41,7 +43,7 @@ def verify(opened: OpenModel, *, trust: bool = False) -> list[Check]:
     """
     if not trust:
         _refuse_foreign_code(opened)
-    report = made(opened.folder)
+    report = made(opened.folder, opened.model.config)
     fresh = _reopen(opened.folder)
     here = probe(opened.model)
     count = parameters(opened.model)
@@ -102,18 +104,23 @@ def verify(opened: OpenModel, *, trust: bool = False) -> list[Check]:
     return checks
 
 
-def made(folder: Path) -> dict[str, Any] | None:
-    """The report that `rewrite` left beside a model; None beside any other model. Raises UserError for a damaged one."""
+def made(folder: Path, config: GPT2Config) -> dict[str, Any] | None:
+    """The report that `rewrite` left beside a model; None where there is none. Raises UserError for a damaged one."""
     path = Path(folder) / REPORT
-    if not path.is_file():
+    if not getattr(config, "compression", None) or not path.is_file():  # a foreign model may have any report.json
         return None
     document = artifacts.read_json(path, "rewrite", "rewrite --force")
     shapes = {"weights": str, "parameters": int, "parameters_before": int, "probe": dict, "provenance": dict}
     wrong = [key for key, kind in shapes.items() if not isinstance(document.get(key), kind)]
-    lists = [document["probe"].get(key) for key in ("ids", "tokens", "logits", "logsumexp")] if not wrong else []
-    if wrong or not all(isinstance(entry, list) for entry in lists):
-        raise UserError(f"{path} is damaged ({', '.join(wrong) or 'probe'}); make it anew with `gpt2-compress rewrite`")
+    if not wrong and not all(_numbers(document["probe"].get(key)) for key in ("ids", "tokens", "logits", "logsumexp")):
+        wrong = ["probe"]
+    if wrong:
+        raise UserError(f"{path} is damaged ({', '.join(wrong)}); make it anew with `gpt2-compress rewrite --force`")
     return document
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, int | float) for item in value)
 
 
 def _refuse_foreign_code(opened: OpenModel) -> None:

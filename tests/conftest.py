@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ _WORDS = (
     "the a one this that film story actor scene ending music camera river house winter summer dog garden letter friend "
     "was is seemed felt looked became slow quick warm dark long short quiet clever careless and but because while with "
     "without near after before never often almost loved hated forgot remembered watched wrote opened carried followed"
-).split()
+)
 
 
 def make_text(sentences: int, seed: int = 0) -> str:
@@ -25,7 +26,7 @@ def make_text(sentences: int, seed: int = 0) -> str:
     chooser = random.Random(seed)
     lines = []
     for _ in range(sentences):
-        words = " ".join(chooser.choices(_WORDS, k=chooser.randint(5, 14)))
+        words = " ".join(chooser.choices(_WORDS.split(), k=chooser.randint(5, 14)))
         lines.append(words.capitalize() + chooser.choice((".", "!", f", {chooser.randint(1, 99)}.")))
     return "\n".join(lines) + "\n"
 
@@ -111,3 +112,29 @@ def tiny_folder(tmp_path_factory, _tiny_model, tiny_tokenizer) -> Path:
     _tiny_model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def _made_run(tmp_path_factory, tiny_folder, text_file) -> Path:
+    from compressor import pipeline
+    from compressor.recipe import Align
+    from compressor.rewrites import from_record
+
+    run = tmp_path_factory.mktemp("runs") / "made"
+    session = pipeline.Session(device="cpu", quiet=True)
+    pipeline.align(run, str(tiny_folder), str(text_file), Align(max_tokens=1000), session)
+    pipeline.rewrite(run, [from_record({"rewrite": "soft_shared", "n": 3, "start": 1, "rank": 4})], session)
+    return run
+
+
+@pytest.fixture
+def made_run(_made_run, tmp_path) -> Path:
+    """A run folder of its own with an alignment of `tiny_folder` on `text_file` and rewritten/: soft_shared, layers 1
+    to 3, rank 4."""
+    return shutil.copytree(_made_run, tmp_path / "made")
+
+
+@pytest.fixture
+def aligned_run(_made_run, tmp_path) -> Path:
+    """The same before the rewrite."""
+    return shutil.copytree(_made_run, tmp_path / "aligned", ignore=shutil.ignore_patterns("rewritten"))

@@ -312,6 +312,13 @@ def test_refusals(model, options, message):
         align_activations(model, batches(), **options)
 
 
+def test_broken_weights_are_refused(model):
+    with torch.no_grad():
+        model.transformer.h[3].mlp.c_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="layer 3 has NaN"):
+        align_weights(model)
+
+
 def test_too_little_data_is_refused(model):
     with pytest.raises(UserError, match="at least 2 tokens, got 1"):
         align_activations(model, batches(count=1, context=1))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
 from compressor.demo import CHECKPOINT, KINDS, SPLITS, rows, stream
 from compressor.demo.ablation import blocks_of, perplexity, without_ffn
+from compressor.demo.pretrain import Schedule, batches, factor
 
 TEXT = {"lm": "text", "reviews": "text", "summaries": "document"}
 DIGESTS = {
@@ -158,3 +159,19 @@ def test_the_model_knows_the_language_and_uses_its_layers(tokenizer, model):
 def test_the_model_knows_a_fact_of_the_world(tokenizer, model):
     start = tokenizer("The fox, a mammal of the", return_tensors="pt")
     assert "woods" in tokenizer.decode(model.generate(**start, max_new_tokens=4, do_sample=False)[0])
+
+
+def test_pretraining_lays_documents_end_to_end(tokenizer):
+    first, second = islice(batches(tokenizer, 7, "train", 2), 2)
+    assert first.shape == second.shape == (2, 257)
+    assert first[0, -1] == first[1, 0] and first[1, -1] == second[0, 0]
+    one, two, three = islice(stream(7), 3)
+    text = tokenizer.decode(torch.cat([*first[:, :-1], *second[:, :-1]]))
+    assert f"{one}<|endoftext|>{two}\n\n{three}".startswith(text[: len(one) + 20])
+
+
+def test_the_rate_rises_then_falls():
+    schedule = Schedule(steps=100, warmup=10)
+    factors = [factor(step, schedule) for step in range(100)]
+    assert factors[:10] == sorted(factors[:10]) and factors[9] == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True) and 0.02 <= factors[-1] < 0.03

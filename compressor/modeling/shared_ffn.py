@@ -52,9 +52,11 @@ class LayerDelta(nn.Module):
         y = shared(x, self.bias)
         if not self.rank:
             return y
-        # One fused pass over y: the in x out product A B is never formed.
-        narrow = x.reshape(-1, x.size(-1)) @ self.delta_a  # float[tokens, rank]
-        return torch.addmm(y.view(-1, y.size(-1)), narrow, self.delta_b).view_as(y)
+        narrow = x.reshape(-1, x.size(-1)) @ self.delta_a  # float[tokens, rank]: the in x out product is never formed
+        flat = y.view(-1, y.size(-1))
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return torch.addmm(flat, narrow, self.delta_b).view_as(y)
+        return flat.addmm_(narrow, self.delta_b).view_as(y)  # y is ours: no second tensor of its size
 
 
 class LayerFFN(nn.Module):

@@ -1,0 +1,132 @@
+"""What a model is and what a recipe would make of it, from configs and file headers: no weight is read or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GPT2Config
+
+from . import gpt2, models, run_folder
+from .checkpoint import shared_layers, structure_hash
+from .errors import UserError
+from .metrics.size import flops_per_token, parameters, predicted_bytes
+from .recipe import Recipe
+from .rewrites import Rewrite
+from .rewrites.compose import check, layer_map, structure
+
+FIT_TOKENS = 16384  # calibration tokens that a fit takes its statistics from, where the part has as many
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What would come out: nothing is trained, fitted or written."""
+    found = models.find(recipe.model)
+    config = found.config
+    check(recipe.rewrites, config)
+    resolved = [item.resolved(config) for item in recipe.rewrites]
+    result = structure(resolved, config)
+    before, after = parameters(models.build(config)), parameters(models.build(result))
+    work = _work(recipe, config)
+    return {
+        "model": recipe.model,
+        "model_type": result.model_type,
+        "rewrites": [item.record() for item in resolved],
+        "windows": [
+            {"rewrite": item.name, "layers": list(window.layers), "anchor": window.anchor}
+            for item in resolved
+            if hasattr(item, "windows")
+            for window in item.windows(config)
+        ],
+        "layers": result.n_layer,
+        "layers_before": config.n_layer,
+        "layers_kept": sorted(layer_map(resolved, config)),
+        "structure": structure_hash(result),
+        "structure_before": structure_hash(config),
+        "same_structure_as": _twins(resolved, config, result),
+        "parameters": after,
+        "parameters_before": before,
+        "ratio": after / before,
+        "bytes": predicted_bytes(after, found.dtype),
+        "bytes_before": found.bytes,
+        "flops_per_token": flops_per_token(result),
+        "flops_per_token_before": flops_per_token(config),
+        "flops_to_make": work,
+        "seconds_to_make": round(work / _measured_flops(), 1),
+    }
+
+
+def _work(recipe: Recipe, config: GPT2Config) -> int:
+    """Floating-point operations of the alignment's statistics and of the passes over the calibration text."""
+    aligned = min(recipe.align.max_tokens, 1 << 30) if recipe.align.method == "activation" else 0
+    statistics = 2 * aligned * gpt2.d_ff(config) ** 2 * (config.n_layer - 1)
+    return statistics + flops_per_token(config) * (aligned + FIT_TOKENS)
+
+
+def _measured_flops() -> float:
+    """Floating-point operations a second of a float32 matrix product here and now."""
+    side = 1024
+    a = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    a @ a
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    return 3 * 2 * side**3 / (time.perf_counter() - start)
+
+
+def _twins(rewrites: Sequence[Rewrite], base: GPT2Config, result: GPT2Config) -> list[str]:
+    """Other `n` that end in this very structure, so that nobody compares a model with itself under two names."""
+    own = structure_hash(result)
+    if len(rewrites) != 1 or own == structure_hash(base):
+        return []
+    twins = []
+    for n in range(1, base.n_layer + 1):
+        try:
+            other = dataclasses.replace(rewrites[0], n=n)  # type: ignore[call-arg]
+            check([other], base)
+        except (TypeError, UserError):  # a rewrite without n; an n that its start or anchor does not allow
+            continue
+        config = structure([other.resolved(base)], base)
+        # the cheap comparison first
+        alike = config.n_layer == result.n_layer and shared_layers(config) == shared_layers(result)
+        if n != getattr(rewrites[0], "n", n) and alike and structure_hash(config) == own:
+            twins.append(f"n={n}")
+    return twins
+
+
+def inspect(path: str) -> dict[str, Any]:
+    """What a model is; of a run folder also its alignment. A run without a rewritten model shows its base model."""
+    aligned = run_folder.alignment_of(path)
+    made_here = run_folder.steps(path)
+    found = models.find(aligned[1]["base_model"] if aligned and not made_here else path)
+    config = found.config
+    count = parameters(models.build(config))
+    report = run_folder.made(found)
+    body: dict[str, Any] = {
+        "path": path,
+        "folder": str(found.folder),
+        "model_type": config.model_type,
+        "layers": config.n_layer,
+        "width": config.n_embd,
+        "heads": config.n_head,
+        "context": config.n_positions,
+        "vocabulary": config.vocab_size,
+        "compression": getattr(config, "compression", None) or [],
+        "ffn_groups": getattr(config, "ffn_groups", None) or [],
+        "structure": structure_hash(config),
+        "parameters": count,
+        "parameters_before": report["parameters_before"] if report else count,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "bytes": found.bytes,
+        "flops_per_token": flops_per_token(config),
+    }
+    if report:
+        body["made_by"] = report["provenance"]
+    if aligned:
+        body["alignment"] = [
+            {"anchor": item.anchor, "layer": item.layer, **dataclasses.asdict(item.quality)}
+            for item in aligned[0].solved
+        ]
+    return body

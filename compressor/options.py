@@ -1,0 +1,246 @@
+"""What may stand on the command line: options of each command, key=value, and `--rank 8` for `rank=8`.
+
+Imports nothing heavy, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+from .errors import UserError, suggestion, unknown
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+_MODEL = "a hub name, a save_pretrained folder, a run folder, or demo"
+_DATA = "NAME[:CONFIG] on the hub, a .txt .jsonl .csv .parquet file, a folder of them, or demo"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError; knows its options, so that the others can be told apart."""
+
+    takes_keys = False
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    @property
+    def values(self) -> dict[str, bool]:
+        """Option -> whether a value follows it."""
+        return {name: action.nargs != 0 for action in self._actions for name in action.option_strings}
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command line and its key=value overrides. Raises UserError."""
+    parser, commands = build()
+    place = next((index for index, word in enumerate(arguments) if not word.startswith("-")), None)
+    if place is None or any(word in ("-h", "--help", "--version") for word in arguments[:place]):
+        return parser.parse_args(arguments), []  # help, the version, or no command
+    command, rest = arguments[place], arguments[place + 1 :]
+    if command not in commands:
+        raise unknown("command", command, commands)
+    rest, overrides = _take_keys(commands[command], rest)
+    return parser.parse_args([*arguments[:place], command, *rest]), overrides
+
+
+def _take_keys(parser: Parser, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Splits what a command's own options are from key=value, which may stand anywhere, and from --key value."""
+    own, overrides = [], []
+    known = parser.values
+    remaining = iter(arguments)
+    for word in remaining:
+        name = word.partition("=")[0]
+        if word == "--":
+            own += [word, *remaining]
+        elif name in known:
+            own.append(word)
+            if known[name] and "=" not in word:
+                own += [value for value in [next(remaining, None)] if value is not None]
+        elif parser.takes_keys and _OVERRIDE.match(word):
+            overrides.append(word)
+        elif word.startswith("--"):
+            overrides.append(_key_of(parser, word, remaining))
+        else:
+            own.append(word)
+    return own, overrides
+
+
+def _key_of(parser: Parser, word: str, remaining: Iterator[str]) -> str:
+    """`--delta-init svd` as `delta_init=svd`."""
+    name, given, value = word.partition("=")
+    key = name.removeprefix("--").replace("-", "_")
+    if not parser.takes_keys or not re.fullmatch(r"[A-Za-z_]\w*", key):
+        raise UserError(f"unknown option {name}{suggestion(name, parser.values)}; see `{parser.prog} --help`")
+    if not given:
+        value = next(remaining, "")
+    if not value or value.startswith("--"):
+        near = suggestion(name, parser.values)
+        raise UserError(f"unknown option {name}{near}" if near else f"{name} needs a value, as in {name} 8")
+    return f"{key}={value}"
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def build() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and the parser of each command by name."""
+    parser = Parser(
+        prog="gpt2-compress",
+        description="Make pretrained GPT-2 checkpoints smaller and faster, and prove what that cost.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  gpt2-compress demo\n  gpt2-compress plan compressed_4 model=gpt2\n"
+        "  gpt2-compress align --model gpt2 --data wikitext --run runs/mine\n"
+        "  gpt2-compress rewrite --run runs/mine --rewrite soft_shared --n 4 --rank 8\n"
+        "  gpt2-compress benchmark runs/mine --out runs/mine --data wikitext",
+    )
+    parser.add_argument("--version", action="version", version=f"gpt2-compress {__version__}")
+    group = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands: dict[str, Parser] = {}
+
+    def command(name: str, summary: str, *examples: str, keys: bool = False) -> Parser:
+        added = group.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            epilog="examples:\n  "
+            + "\n  ".join(f"gpt2-compress {example}" for example in examples)
+            + ("\n\nkey=value (such as rank=16) may stand anywhere; --rank 16 is short for it." if keys else ""),
+        )
+        added.takes_keys = keys
+        commands[name] = added
+        _common(added)
+        return added
+
+    _plan(command)
+    _align(command)
+    _rewrite(command)
+    _benchmark(command)
+    inspect = command("inspect", "what a model or a run is", "inspect runs/mine")
+    inspect.add_argument("path", metavar="PATH", help=_MODEL)
+    verify = command("verify", "reopen in a fresh process: logits, cache, parameters, bytes", "verify runs/mine")
+    verify.add_argument("path", metavar="PATH", help=_MODEL)
+    export = command(
+        "export", "fold to dense plain GPT-2, for llama.cpp, vLLM, ONNX", "export runs/mine --dense my-gpt2-dense"
+    )
+    export.add_argument("path", metavar="PATH", help=_MODEL)
+    export.add_argument("--dense", required=True, metavar="OUT", type=Path, help="the folder to write")
+    demo = command(
+        "demo",
+        "the whole pipeline on the embedded model, offline",
+        "demo",
+        "demo --recipe compressed_4 --run runs/shallow",
+        keys=True,
+    )
+    demo.add_argument("--recipe", default="soft_shared", metavar="RECIPE", help="default: soft_shared")
+    demo.add_argument("--run", type=Path, metavar="DIR", default=Path("runs/demo"), help="default: runs/demo")
+    return parser, commands
+
+
+Command = Callable[..., Parser]
+
+
+def _common(parser: Parser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--dtype", help="to compute in: float32 (default), bfloat16, float16; files keep their own")
+    parser.add_argument("--seed", type=_seed, help="default: 0, or the recipe's")
+    parser.add_argument("--force", action="store_true", help="replace what is there; verify: run foreign code")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, no notices")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; allowed: whole numbers from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 2")
+    return int(text)
+
+
+def _layer_or_word(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def _columns(parser: Parser) -> None:
+    parser.add_argument("--text-column", metavar="C", help="the column that holds the text")
+    parser.add_argument("--split", metavar="S", help="use this split of the data only")
+
+
+def _plan(command: Command) -> None:
+    plan = command(
+        "plan",
+        "what would come out: layers, parameters, bytes, FLOPs, time",
+        "plan soft_shared rank=16",
+        "plan compressed_6 model=gpt2-medium --json",
+        keys=True,
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
+
+
+def _align(command: Command) -> None:
+    align = command(
+        "align",
+        "capture activations and match neurons across layers (steps 1 and 2)",
+        "align --model gpt2 --data wikitext --run runs/mine",
+        "align --model ./my-gpt2 --data my.txt --run runs/mine --method weight",
+    )
+    align.add_argument("--model", required=True, metavar="M", help=_MODEL)
+    align.add_argument("--data", default="demo", metavar="D", help=_DATA)
+    align.add_argument("--run", required=True, metavar="DIR", type=Path, help="the run folder to write into")
+    align.add_argument("--max-tokens", type=_tokens, default=4000, metavar="N", help="calibration tokens: 4000")
+    align.add_argument("--site", choices=("pre", "post"), default="pre", help="before or after the activation function")
+    align.add_argument("--method", choices=("activation", "weight", "none"), default="activation")
+    align.add_argument(
+        "--pairs",
+        choices=("chain", "direct"),
+        default="chain",
+        help="adjacent layers only, or also each layer of a window with its anchor",
+    )
+    align.add_argument("--n", type=int, metavar="K", help="window length, for --pairs direct")
+    align.add_argument(
+        "--anchor",
+        type=_layer_or_word,
+        metavar="A",
+        help="first, middle (default), last or a layer, for --pairs direct",
+    )
+    _columns(align)
+
+
+def _rewrite(command: Command) -> None:
+    rewrite = command(
+        "rewrite",
+        "replace sublayers and fit the result (step 4)",
+        "rewrite --run runs/mine --rewrite soft_shared --n 4 --rank 8",
+        "rewrite --run runs/mine --rewrite compressed_n --start 4 n=4 collapse=fit",
+        keys=True,
+    )
+    rewrite.add_argument("--run", required=True, metavar="DIR", type=Path, help="a run folder that `align` made")
+    rewrite.add_argument("--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n")
+    rewrite.add_argument(
+        "--start", type=int, metavar="S", help="first layer of the window (default: the middle window)"
+    )
+
+
+def _benchmark(command: Command) -> None:
+    bench = command(
+        "benchmark",
+        "measure models side by side (step 6)",
+        "benchmark gpt2 runs/mine --data wikitext --out bench",
+        "benchmark runs/mine --out bench --suite quick --data perplexity=my.txt",
+    )
+    bench.add_argument("models", nargs="+", metavar="MODEL", help=f"{_MODEL}; a run folder gives all of its models")
+    bench.add_argument("--out", required=True, metavar="DIR", type=Path, help="where the report goes")
+    chosen = bench.add_mutually_exclusive_group()
+    chosen.add_argument("--metrics", metavar="A,B,C", help="default: perplexity,size")
+    chosen.add_argument("--suite", metavar="NAME", help="quick, full, or a .yaml file")
+    bench.add_argument("--data", nargs="+", default=[], metavar="[METRIC=]D", help=_DATA)
+    bench.add_argument("--max-tokens", type=_tokens, metavar="N", help="score the first N tokens only (default: all)")
+    _columns(bench)

@@ -1,0 +1,104 @@
+"""What lies in a run folder, and which rows it gives to a benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import alignment, data, models, verify
+from .alignment import Alignments
+from .checkpoint import Checkpoint, structure_hash
+from .errors import UserError
+
+STEPS = ("rewritten", "recovered")  # the models of a run, in the order they are made
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether this is a run folder: it has an alignment and is no model itself."""
+    folder = Path(path).expanduser()
+    return (folder / "alignment.json").is_file() and not (folder / "config.json").is_file()
+
+
+def alignment_of(path: str | Path) -> tuple[Alignments, dict[str, Any]] | None:
+    """The alignment of a run folder and its provenance; None for anything else."""
+    return alignment.load(Path(path).expanduser()) if is_run(path) else None
+
+
+def steps(path: str | Path) -> dict[str, Path]:
+    """The models that a run folder has: name of the step -> its folder."""
+    folder = Path(path).expanduser()
+    return {step: folder / step for step in STEPS if (folder / step / "config.json").is_file()}
+
+
+def made(found: Checkpoint) -> dict[str, Any] | None:
+    """The report of the rewrite that made a model; None where there is none."""
+    return verify.made(found.folder, found.config)
+
+
+# ---------------------------------------------------------------- rows of a benchmark
+
+
+def rows(names: Sequence[str]) -> dict[str, str]:
+    """Row name -> MODEL, in order. A run folder gives its original and every model it has."""
+    found: dict[str, str] = {}
+    places: dict[Path, str] = {}
+
+    def add(row: str, model: str) -> None:
+        place = models.locate(model).resolve()
+        if place in places:
+            raise UserError(f"model {model} is named twice")
+        found[row], places[place] = model, row
+
+    for name in names:
+        if not is_run(name):
+            add(name, name)
+            continue
+        folder = Path(name).expanduser()
+        _, origin = alignment.load(folder)
+        made_here = steps(folder)
+        if not made_here:
+            raise UserError(f"{name} has no rewritten model yet; `gpt2-compress rewrite --run {name}` makes one")
+        base = origin["base_model"]
+        if models.locate(base).resolve() not in places:
+            add("original" if len(names) == 1 else base, base)
+        short = folder.resolve().name
+        prefix = "" if len(names) == 1 else f"{short if f'{short}: rewritten' not in found else name}: "
+        for step, model in made_here.items():
+            add(prefix + step, str(model))
+    return found
+
+
+def test_text(metric: str, names: Sequence[str], text_column: str | None, split: str | None) -> data.Text:
+    """The test part of the data that the first run among `names` was made with, or the demo's for the demo."""
+    run = next((name for name in names if is_run(name)), None)
+    if run is not None:
+        _, origin = alignment.load(Path(run).expanduser())
+        facts = origin["data"]["calibration"]
+        text = data.recipe_text(
+            facts["specs"], "test", text_column=text_column or facts["text_column"], split=split or facts["split_given"]
+        )
+        return dataclasses.replace(text, source=facts["named"]["test"])
+    if all(name == "demo" for name in names):
+        return data.text("demo", "test")
+    raise UserError(f"metric {metric!r} needs data; give --data D or --data {metric}=D")
+
+
+def warn_of_overlap(found: Mapping[str, Checkpoint], text: data.Text, notice: Callable[[str], None]) -> None:
+    """Say so when a model was made with the text it is now measured on."""
+    for row, checkpoint in found.items():
+        report = made(checkpoint)
+        for part, facts in (report["provenance"]["data"] if report else {}).items():
+            if data.overlap(facts, data.describe(text)):
+                notice(f"warning: {row} was made with this text as its {part} data; its figures flatter it")
+
+
+def warn_of_twins(found: Mapping[str, Checkpoint], notice: Callable[[str], None]) -> None:
+    """Rows that different rewrites made and that still have one structure differ in their weights only: say so."""
+    seen: dict[str, tuple[str, Any]] = {}
+    for row, checkpoint in found.items():
+        made_by = getattr(checkpoint.config, "compression", None) or []
+        other, made_other = seen.setdefault(structure_hash(checkpoint.config), (row, made_by))
+        if made_by != made_other:
+            notice(f"warning: {row} has the same structure as {other}: neither is smaller or faster than the other")

@@ -1,0 +1,81 @@
+"""What every command shares: where to compute, what to say, how later steps find what this one was given."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from . import artifacts, data, models
+from .artifacts import Provenance
+from .errors import UserError
+from .models import OpenModel
+
+Notice = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What every command shares."""
+
+    device: str | None = None
+    dtype: str | None = None
+    seed: int = 0
+    force: bool = False
+    quiet: bool = False
+    notice: Notice = lambda message: None
+
+    @property
+    def silent(self) -> bool:
+        """No progress bars: they are not wanted, or stderr is no terminal."""
+        return self.quiet or not sys.stderr.isatty()
+
+    def open(self, name: str) -> OpenModel:
+        return models.open_model(name, device=self.device, dtype=self.dtype)
+
+    def origin(self, base: OpenModel, texts: Mapping[str, Any]) -> Provenance:
+        return artifacts.provenance(
+            seed=self.seed,
+            base_model=lasting(base.name),
+            base_hash=base.hash,
+            data=texts,
+            device=str(next(base.model.parameters()).device),
+            dtype=str(base.model.dtype).removeprefix("torch."),
+        )
+
+    def bar(self, title: str, total: int | None = None) -> tqdm:
+        return tqdm(desc=title, total=total, unit="token", disable=self.silent, leave=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where the text of a data source is."""
+
+    text_column: str | None = None
+    split: str | None = None
+
+
+ANYWHERE = Columns()  # the column and the splits are found by name
+
+
+def lasting(name: str) -> str:
+    """A MODEL as later steps name it, from whichever folder they run: a local one by its absolute path."""
+    folder = os.path.expanduser(name)
+    return os.path.abspath(folder) if name != "demo" and os.path.isdir(folder) else name
+
+
+def lasting_data(spec: str) -> str:
+    """The same for a D."""
+    source = data.parse(spec)
+    return source.target if source.kind in ("file", "folder") else spec
+
+
+def must_be_folder(path: Path) -> None:
+    """Said before the work, not after it."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; give a folder")
