@@ -28,7 +28,7 @@ EXPECTED = {
         for n, count in ((4, 103_176_192), (6, 89_000_448), (8, 74_824_704), (10, 60_648_960))
     },
 }
-FIELDS = {
+FIELDS: dict[str, dict] = {
     "soft_shared": {"rank": 8, "delta_init": "svd"},
     "merged_n": {"tie": True},
     "compressed_n": {"collapse": "mean"},

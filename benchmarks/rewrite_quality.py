@@ -123,9 +123,10 @@ def main() -> None:
         "",
         f"`{Path(sys.argv[0]).name} {Path(options.model).name}`: calibration {blocks.tokens:,} tokens of "
         f"{source['calibration']}, selection {options.selection_tokens:,} of {source['selection']}, test first "
-        f"{options.max_tokens:,} tokens of {source['test']} (fingerprint {texts['test'].fingerprint[:12]}). Perplexity: "
-        f"protocol strided, context {options.context}, stride {options.context}, summed NLL over counted tokens. "
-        f"Window: the middle one, anchor middle. float32, seed 0, {time.perf_counter() - started:.0f} s.",
+        f"{options.max_tokens:,} tokens of {source['test']} (fingerprint {texts['test'].fingerprint[:12]}). "
+        f"Perplexity: protocol strided, context {options.context}, stride {options.context}, summed NLL "
+        f"over counted tokens. Window: the middle one, anchor middle. float32, seed 0, "
+        f"{time.perf_counter() - started:.0f} s.",
         "",
         "| rewrite | fields | aligned | parameters | perplexity | ratio |",
         "| --- | --- | --- | ---: | ---: | ---: |",

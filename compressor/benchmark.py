@@ -33,8 +33,14 @@ class Row:
 
     def find(self, metric: str, protocol: str | None = None) -> MetricResult | None:
         """The first result of a metric, under a protocol where one is given."""
-        return next((result for result in self.results if result.metric == metric
-                     and protocol in (None, result.settings["protocol"])), None)
+        return next(
+            (
+                result
+                for result in self.results
+                if result.metric == metric and protocol in (None, result.settings["protocol"])
+            ),
+            None,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,29 @@ class Report:
         return {
             "baseline": self.rows[0].name,
             "models": [{"name": row.name, "source": row.source} for row in self.rows],
-            "results": [{"model": row.name, "protocol": result.settings["protocol"], **result.to_dict(),
-                         "ratio": self.ratio(row, result)} for row in self.rows for result in row.results],
+            "results": [
+                {
+                    "model": row.name,
+                    "protocol": result.settings["protocol"],
+                    **result.to_dict(),
+                    "ratio": self.ratio(row, result),
+                }
+                for row in self.rows
+                for result in row.results
+            ],
         }
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Report:
         """The inverse of `to_dict`, given what `artifacts.read_json` returns."""
-        rows = tuple(Row(model["name"], model["source"],
-                         tuple(MetricResult.from_dict(record) for record in body["results"]
-                               if record["model"] == model["name"])) for model in body["models"])
+        rows = tuple(
+            Row(
+                model["name"],
+                model["source"],
+                tuple(MetricResult.from_dict(record) for record in body["results"] if record["model"] == model["name"]),
+            )
+            for model in body["models"]
+        )
         return cls(rows, Provenance(**body["provenance"]))
 
 
@@ -73,8 +92,14 @@ def _comparable(one: MetricResult, other: MetricResult) -> bool:
     return all(one.settings.get(name) == other.settings.get(name) for name in (*_COMPARED_UNDER, *per_unit))
 
 
-def benchmark(models: Mapping[str, OpenModel], metrics: Sequence[str | Mapping[str, Any]],
-              data: Mapping[str, Any], *, origin: Provenance, quiet: bool = False) -> Report:
+def benchmark(
+    models: Mapping[str, OpenModel],
+    metrics: Sequence[str | Mapping[str, Any]],
+    data: Mapping[str, Any],
+    *,
+    origin: Provenance,
+    quiet: bool = False,
+) -> Report:
     """Measure every model with every metric.
 
     models: name of the row -> model, the first one the baseline; read once and in order, so a mapping may open them as
@@ -102,6 +127,7 @@ def benchmark(models: Mapping[str, OpenModel], metrics: Sequence[str | Mapping[s
 def _progress(title: str, quiet: bool) -> Iterator[Progress]:
     """A bar on stderr that a metric moves by calling it with (done, total)."""
     with tqdm(desc=title, disable=quiet, leave=False, dynamic_ncols=True) as bar:
+
         def move(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
@@ -157,5 +183,7 @@ def suite(name_or_path: str | Path) -> dict[str, Any]:
         if key not in ("description", "metrics"):
             raise unknown(f"key of suite {path}", str(key), ["description", "metrics"])
     chosen = check_metrics(content["metrics"])
-    return {"description": str(content.get("description", "")).strip(),
-            "metrics": [{"metric": metric, **settings} for metric, settings in chosen]}
+    return {
+        "description": str(content.get("description", "")).strip(),
+        "metrics": [{"metric": metric, **settings} for metric, settings in chosen],
+    }

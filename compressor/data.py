@@ -26,8 +26,21 @@ from .errors import UserError, unknown
 from .sources import SPLITS, Rows, Source, origin, parse, splits, strings
 from .tokens import TokenBlocks, token_blocks
 
-__all__ = ["PARTS", "Cut", "Source", "Text", "TokenBlocks", "cuts", "describe", "overlap", "parse", "recipe_text",
-           "specs", "text", "token_blocks"]
+__all__ = [
+    "PARTS",
+    "Cut",
+    "Source",
+    "Text",
+    "TokenBlocks",
+    "cuts",
+    "describe",
+    "overlap",
+    "parse",
+    "recipe_text",
+    "specs",
+    "text",
+    "token_blocks",
+]
 
 PARTS = ("calibration", "selection", "training", "test")
 JOINER = "\n\n"  # between rows: a blank line
@@ -40,11 +53,11 @@ class Text:
     """The text of one part of one source."""
 
     documents: tuple[str, ...]  # rows; a .txt is one document
-    joined: str                 # documents with a blank line between them
-    source: str                 # what the user named
-    part: str                   # calibration | selection | training | test | all
-    split: str                  # where it lies in the source: "train[0%:10%]"
-    fingerprint: str            # sha256 of the documents, each with its length before it
+    joined: str  # documents with a blank line between them
+    source: str  # what the user named
+    part: str  # calibration | selection | training | test | all
+    split: str  # where it lies in the source: "train[0%:10%]"
+    fingerprint: str  # sha256 of the documents, each with its length before it
     origins: tuple[tuple[str, int, int], ...] = ()  # (which split of which source or files, from %, to %)
 
 
@@ -67,8 +80,12 @@ def cuts(named: Collection[str]) -> dict[str, Cut]:
     """Where each part lies in a source with the splits `named`: the table on top of this file. No two overlap."""
     if len(named) == 1:
         (only,) = named
-        return {"calibration": Cut(only, 0, 8), "training": Cut(only, 8, 80), "selection": Cut(only, 80, 90),
-                "test": Cut(only, 90, 100)}
+        return {
+            "calibration": Cut(only, 0, 8),
+            "training": Cut(only, 8, 80),
+            "selection": Cut(only, 80, 90),
+            "test": Cut(only, 90, 100),
+        }
     main = "train" if "train" in named else "validation"
     if "test" not in named:
         selection, training, test = Cut("validation", 0, 50), Cut(main, 10), Cut("validation", 50)
@@ -79,8 +96,9 @@ def cuts(named: Collection[str]) -> dict[str, Cut]:
     return {"calibration": Cut(main, 0, 10), "selection": selection, "training": training, "test": test}
 
 
-def text(spec: str, part: str, *, text_column: str | None = None, split: str | None = None,
-         alone: bool = False) -> Text:
+def text(
+    spec: str, part: str, *, text_column: str | None = None, split: str | None = None, alone: bool = False
+) -> Text:
     """The text of one part of the source `spec`, or of the source as a whole.
 
     `part="all"` is the test split if the source has one, else all of it. `alone=True` says that no other part is taken
@@ -104,9 +122,15 @@ def text(spec: str, part: str, *, text_column: str | None = None, split: str | N
     where = "+".join(str(cut) for cut in chosen)
     if not any(document.strip() for document in documents):
         raise UserError(f"the {part} part of {spec} ({where}) has no text; give a longer source")
-    return Text(documents=tuple(documents), joined=JOINER.join(documents), source=spec, part=part, split=where,
-                fingerprint=_fingerprint(documents),
-                origins=tuple((origin(source, cut.split), cut.start, cut.stop) for cut in chosen))
+    return Text(
+        documents=tuple(documents),
+        joined=JOINER.join(documents),
+        source=spec,
+        part=part,
+        split=where,
+        fingerprint=_fingerprint(documents),
+        origins=tuple((origin(source, cut.split), cut.start, cut.stop) for cut in chosen),
+    )
 
 
 def _splits_in_use(source: Source, stored: Collection[str], split: str | None) -> list[str]:
@@ -116,8 +140,9 @@ def _splits_in_use(source: Source, stored: Collection[str], split: str | None) -
         return [split]
     named = [name for name in SPLITS if name in stored] or list(stored)
     if named[0] not in SPLITS and len(named) > 1:
-        raise UserError(f"data {source.name!r} has no train, validation or test split; give --split, one of: "
-                        f"{', '.join(named)}")
+        raise UserError(
+            f"data {source.name!r} has no train, validation or test split; give --split, one of: {', '.join(named)}"
+        )
     return named
 
 
@@ -125,7 +150,7 @@ def _take(rows: Rows, cut: Cut, source: Source, text_column: str | None) -> list
     if not isinstance(rows, str):
         start, stop = (len(rows) * percent // 100 for percent in (cut.start, cut.stop))
         return strings(rows, source, text_column, start, stop)
-    piece = rows[_boundary(rows, cut.start):_boundary(rows, cut.stop)]
+    piece = rows[_boundary(rows, cut.start) : _boundary(rows, cut.stop)]
     return [piece] if piece else []
 
 
@@ -150,8 +175,14 @@ def _fingerprint(documents: Iterable[str]) -> str:
 
 def describe(piece: Text) -> dict[str, Any]:
     """What the provenance keeps of a text, for JSON."""
-    return {"source": piece.source, "part": piece.part, "split": piece.split, "fingerprint": piece.fingerprint,
-            "documents": len(piece.documents), "origins": [list(place) for place in piece.origins]}
+    return {
+        "source": piece.source,
+        "part": piece.part,
+        "split": piece.split,
+        "fingerprint": piece.fingerprint,
+        "documents": len(piece.documents),
+        "origins": [list(place) for place in piece.origins],
+    }
 
 
 def overlap(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -161,7 +192,9 @@ def overlap(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """
     return first["fingerprint"] == second["fingerprint"] or any(
         where == there and start < end and begin < stop
-        for where, start, stop in first["origins"] for there, begin, end in second["origins"])
+        for where, start, stop in first["origins"]
+        for there, begin, end in second["origins"]
+    )
 
 
 # ---------------------------------------------------------------- a recipe's `data:`
@@ -184,8 +217,9 @@ def specs(data: str | Mapping[str, str]) -> dict[str, str]:
     return {part: data[part] for part in PARTS}
 
 
-def recipe_text(data: str | Mapping[str, str], part: str, *, text_column: str | None = None,
-                split: str | None = None) -> Text:
+def recipe_text(
+    data: str | Mapping[str, str], part: str, *, text_column: str | None = None, split: str | None = None
+) -> Text:
     """The text of one part as a recipe's `data:` gives it.
 
     A source that serves several parts is cut for them as usual, so that they stay disjoint; a source that serves this
@@ -195,5 +229,4 @@ def recipe_text(data: str | Mapping[str, str], part: str, *, text_column: str | 
     if part not in named:
         raise unknown("data part", part, PARTS)
     sources = [parse(spec) for spec in named.values()]
-    return text(named[part], part, text_column=text_column, split=split,
-                alone=sources.count(parse(named[part])) == 1)
+    return text(named[part], part, text_column=text_column, split=split, alone=sources.count(parse(named[part])) == 1)

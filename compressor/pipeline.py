@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import alignment, artifacts, benchmark, data, models, report, run_folder, verify
 from .alignment import Alignments
 from .errors import UserError
@@ -211,7 +213,9 @@ def _routes(rewrites: Sequence[Rewrite], base: OpenModel, solved: Alignments) ->
 
 def verify_model(path: str, session: Session) -> list[verify.Check]:
     """Reopen a model in a fresh process and compare."""
-    return verify.verify(models.open_model(path), trust=session.force)
+    if models.parse_dtype(session.dtype) != torch.float32:
+        raise UserError(f"verify computes in float32, in both processes; --dtype {session.dtype} is not allowed")
+    return verify.verify(session.open(path), trust=session.force)
 
 
 def export(path: str, out: Path, session: Session) -> dict[str, Any]:

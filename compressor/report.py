@@ -48,17 +48,23 @@ def table(report: Report, *, markdown: bool = False) -> str:
 def document(report: Report, *, picture: str | None = None) -> str:
     """report.md."""
     origin = report.origin
-    parts = [f"# Benchmark\n\nRatios are to {_code(report.rows[0].name)}. Parameters are counted once where they are "
-             "shared; bytes are those of the weight files; FLOPs are those of a forward pass with the LM head.",
-             table(report, markdown=True)]
+    parts = [
+        f"# Benchmark\n\nRatios are to {_code(report.rows[0].name)}. Parameters are counted once where they are "
+        "shared; bytes are those of the weight files; FLOPs are those of a forward pass with the LM head.",
+        table(report, markdown=True),
+    ]
     if picture:
         parts.append(f"![Perplexity ratio against parameters]({picture})")
-    parts.append("| model | from |\n| --- | --- |\n"
-                 + "\n".join(f"| {_cell(row.name)} | {_code(row.source)} |" for row in report.rows))
+    parts.append(
+        "| model | from |\n| --- | --- |\n"
+        + "\n".join(f"| {_cell(row.name)} | {_code(row.source)} |" for row in report.rows)
+    )
     commit = f" ({origin.commit})" if origin.commit else ""
-    parts.append(f"Made by gpt2-compress {origin.version}{commit}: {_code(origin.command)}\n\ntorch {origin.torch}, "
-                 f"transformers {origin.transformers}, {origin.device}, {origin.dtype}, {origin.threads} threads, "
-                 f"seed {origin.seed}.")
+    parts.append(
+        f"Made by gpt2-compress {origin.version}{commit}: {_code(origin.command)}\n\ntorch {origin.torch}, "
+        f"transformers {origin.transformers}, {origin.device}, {origin.dtype}, {origin.threads} threads, "
+        f"seed {origin.seed}."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,29 +72,41 @@ def document(report: Report, *, picture: str | None = None) -> str:
 
 
 def _protocols(report: Report) -> list[str]:
-    found = [result.settings["protocol"] for row in report.rows for result in row.results
-             if result.metric == "perplexity"]
+    found = [
+        result.settings["protocol"] for row in report.rows for result in row.results if result.metric == "perplexity"
+    ]
     return list(dict.fromkeys(found))
 
 
 def _overview(report: Report, protocol: str | None) -> tuple[list[str], list[list[str]]]:
-    header = ["model", "parameters", "ratio", "non-zero", "embeddings", "bytes", "FLOPs/token", "perplexity",
-              "perplexity ratio"]
+    header = [
+        "model",
+        "parameters",
+        "ratio",
+        "non-zero",
+        "embeddings",
+        "bytes",
+        "FLOPs/token",
+        "perplexity",
+        "perplexity ratio",
+    ]
     body = []
     for row in report.rows:
         count, size, flops = row.find("parameters"), row.find("bytes"), row.find("flops_per_token")
         score = row.find("perplexity", protocol) if protocol else None
-        body.append([
-            row.name,
-            f"{count.value:,}" if count else MISSING,
-            _ratio(report, row, count),
-            f"{count.settings['non_zero'] / count.value:.1%}" if count else MISSING,
-            f"{count.settings['embedding_share']:.1%}" if count else MISSING,
-            f"{scaled(size.value)}B" if size else MISSING,
-            scaled(flops.value) if flops else MISSING,
-            _number(score),
-            _ratio(report, row, score),
-        ])
+        body.append(
+            [
+                row.name,
+                f"{count.value:,}" if count else MISSING,
+                _ratio(report, row, count),
+                f"{count.settings['non_zero'] / count.value:.1%}" if count else MISSING,
+                f"{count.settings['embedding_share']:.1%}" if count else MISSING,
+                f"{scaled(size.value)}B" if size else MISSING,
+                scaled(flops.value) if flops else MISSING,
+                _number(score),
+                _ratio(report, row, score),
+            ]
+        )
     return header, body
 
 
@@ -98,8 +116,17 @@ def _perplexities(report: Report, protocol: str) -> tuple[list[str], list[list[s
     for row in report.rows:
         token, word = row.find("perplexity", protocol), row.find("word_perplexity", protocol)
         error = f"{token.spread['standard_error']:.2f}" if token and token.spread else MISSING
-        body.append([row.name, _number(token), error, _ratio(report, row, token), _number(word),
-                     _ratio(report, row, word), f"{token.count:,}" if token else MISSING])
+        body.append(
+            [
+                row.name,
+                _number(token),
+                error,
+                _ratio(report, row, token),
+                _number(word),
+                _ratio(report, row, word),
+                f"{token.count:,}" if token else MISSING,
+            ]
+        )
     return header, body
 
 
@@ -108,8 +135,10 @@ def _how(report: Report, protocol: str) -> str:
     result = next(found for row in report.rows if (found := row.find("perplexity", protocol)))
     settings = result.settings
     part = f", {settings['part']} data" if settings["part"] else ""
-    return (f"Perplexity {protocol}: context {settings['context']}, stride {settings['stride']}, "
-            f"{settings['tokens']:,} tokens of {settings['source']}{part}, fingerprint {settings['fingerprint'][:12]}.")
+    return (
+        f"Perplexity {protocol}: context {settings['context']}, stride {settings['stride']}, "
+        f"{settings['tokens']:,} tokens of {settings['source']}{part}, fingerprint {settings['fingerprint'][:12]}."
+    )
 
 
 def _ratio(report: Report, row: Row, result: MetricResult | None) -> str:
@@ -146,8 +175,13 @@ def _layout(header: Sequence[str], body: Sequence[Sequence[str]], markdown: bool
     """A table with aligned columns, the first to the left and numbers to the right; Markdown or plain text."""
     lines = [list(header), *[[_cell(text) if markdown else text for text in line] for line in body]]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
-    aligned = [[text.ljust(width) if column == 0 else text.rjust(width)
-                for column, (text, width) in enumerate(zip(line, widths, strict=True))] for line in lines]
+    aligned = [
+        [
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
     if markdown:
         rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
         return "\n".join("| " + " | ".join(line) + " |" for line in [aligned[0], rule, *aligned[1:]])
@@ -168,7 +202,7 @@ def plot(report: Report) -> bytes | None:
         count, score = row.find("parameters"), row.find("perplexity", protocols[0]) if protocols else None
         ratio = report.ratio(row, score) if score else None
         if count and ratio is not None:
-            name = row.name if len(row.name) <= _LONG else "…" + row.name[1 - _LONG:]
+            name = row.name if len(row.name) <= _LONG else "…" + row.name[1 - _LONG :]
             points.append((f"{name} (baseline)" if row.name == base else name, count.value / 1e6, ratio))
     if len(points) < 2:  # else the first is the baseline: nothing has a ratio without it
         return None
@@ -183,8 +217,15 @@ def plot(report: Report) -> bytes | None:
     axes = figure.add_subplot()
     axes.axhline(1, color="tab:orange", linewidth=1, linestyle="--", zorder=1)
     for index, (_, x, y) in enumerate(points):
-        axes.plot(x, y, marker="o" if index else "D", markersize=6 if index else 8, linestyle="none", zorder=3,
-                  color="tab:blue" if index else "tab:orange")
+        axes.plot(
+            x,
+            y,
+            marker="o" if index else "D",
+            markersize=6 if index else 8,
+            linestyle="none",
+            zorder=3,
+            color="tab:blue" if index else "tab:orange",
+        )
     ratios = [y for _, _, y in points]
     if max(ratios) > 4 * min(ratios):
         axes.set_yscale("log")
@@ -200,8 +241,18 @@ def plot(report: Report) -> bytes | None:
     axes.set_title(f"What the saved parameters cost ({protocols[0]} perplexity)", loc="left")
     if numbered:
         key = "\n".join(f"{number:>2}  {name}" for number, (name, _, _) in enumerate(points, start=1))
-        axes.annotate(key, (1, 1), xytext=(10, 0), xycoords="axes fraction", textcoords="offset points", va="top",
-                      fontsize=8, family="monospace", linespacing=1.35, annotation_clip=False)
+        axes.annotate(
+            key,
+            (1, 1),
+            xytext=(10, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            family="monospace",
+            linespacing=1.35,
+            annotation_clip=False,
+        )
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the labels are placed in this layout; it must stay
     _label(axes, [(str(number) if numbered else name, x, y) for number, (name, x, y) in enumerate(points, start=1)])
@@ -228,9 +279,17 @@ def _label(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
                 note.remove()
             line = dict(arrowstyle="-", color="0.6", linewidth=0.6, shrinkA=0, shrinkB=3) if distance > 10 else None
             note = axes.annotate(
-                name, (x, y), xytext=(distance * across, distance * up), textcoords="offset points", fontsize=8,
-                ha="left" if across > 0.3 else "right" if across < -0.3 else "center", va="center", zorder=4,
-                arrowprops=line, bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=0.3))
+                name,
+                (x, y),
+                xytext=(distance * across, distance * up),
+                textcoords="offset points",
+                fontsize=8,
+                ha="left" if across > 0.3 else "right" if across < -0.3 else "center",
+                va="center",
+                zorder=4,
+                arrowprops=line,
+                bbox=dict(facecolor="white", alpha=0.7, linewidth=0, pad=0.3),
+            )
             note.update_positions(renderer)
             box = Text.get_window_extent(note, renderer)  # the name alone, without its line
             if area.contains(box.x0, box.y0) and area.contains(box.x1, box.y1) and not box.count_overlaps(taken):

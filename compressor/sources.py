@@ -33,8 +33,16 @@ Rows: TypeAlias = "Dataset | str"  # a table of rows, or the one unaltered strin
 
 _ALLOWED = "a local " + " ".join(SUFFIXES) + ", a folder of them, NAME[:CONFIG] on the hub, or demo"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_ALIASES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
-            "val": "validation", "dev": "validation", "test": "test", "testing": "test"}
+_ALIASES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
 # `test-0001` and `dev2` name a split, `testimonials` and `device` do not
 _STEM = re.compile(rf"({'|'.join(sorted(_ALIASES, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
@@ -80,9 +88,14 @@ def parse(spec: str) -> Source:
 
 
 def _looks_like_path(spec: str) -> bool:
-    return (spec.startswith((".", "/", "~")) or spec.endswith("/") or "\\" in spec or spec.count("/") > 1
-            or Path(spec).suffix.lower() in SUFFIXES
-            or ("/" in spec and os.path.isdir(os.path.dirname(spec))))
+    return (
+        spec.startswith((".", "/", "~"))
+        or spec.endswith("/")
+        or "\\" in spec
+        or spec.count("/") > 1
+        or Path(spec).suffix.lower() in SUFFIXES
+        or ("/" in spec and os.path.isdir(os.path.dirname(spec)))
+    )
 
 
 def _is_file_format(name: str) -> bool:
@@ -125,9 +138,10 @@ def _hub(source: Source) -> dict[str, Callable[[], Rows]]:
     # RuntimeError: loading scripts are no longer run; ValueError: unknown config; the rest: not there, no way there
     except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
         offline = datasets.config.HF_HUB_OFFLINE
-        raise UserError(f"data {source.name!r} is not in the cache and could not be fetched ({_one_line(error)}); give "
-                        f"a local file, or {'unset HF_HUB_OFFLINE' if offline else 'check the name and the network'}"
-                        ) from error
+        raise UserError(
+            f"data {source.name!r} is not in the cache and could not be fetched ({_one_line(error)}); give "
+            f"a local file, or {'unset HF_HUB_OFFLINE' if offline else 'check the name and the network'}"
+        ) from error
     named: dict[str, Callable[[], Rows]] = {}
     for split in sorted(stored, key=lambda split: split not in SPLITS):  # an exact name goes before its alias
         canonical = _ALIASES.get(split, split)
@@ -145,8 +159,11 @@ def _demo(split: str) -> Rows:
 
 def _folder(source: Source) -> dict[str, list[Path]]:
     try:
-        files = sorted(path for path in Path(source.target).iterdir()
-                       if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+        files = sorted(
+            path
+            for path in Path(source.target).iterdir()
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
     except OSError as error:
         raise UserError(f"cannot read folder {source.name}: {_one_line(error)}") from error
     if not files:
@@ -184,8 +201,11 @@ def _table(kind: str, files: list[Path]) -> Dataset:
     if not any(path.stat().st_size for path in files):
         raise UserError(f"{given} is empty; give text")
     # not load_dataset(): it tells the hub of every local read, and waits for it where there is no network
-    read = {"csv": datasets.Dataset.from_csv, "json": datasets.Dataset.from_json,
-            "parquet": datasets.Dataset.from_parquet}[kind]
+    read = {
+        "csv": datasets.Dataset.from_csv,
+        "json": datasets.Dataset.from_json,
+        "parquet": datasets.Dataset.from_parquet,
+    }[kind]
     try:
         with tempfile.TemporaryDirectory() as cache, _silent_datasets():  # no copy of a user's file stays in the cache
             return read([glob.escape(str(path)) for path in files], cache_dir=cache, keep_in_memory=True, **options)
@@ -233,13 +253,17 @@ def strings(rows: Dataset, source: Source, text_column: str | None, start: int, 
         raise UserError(f"data {source.name!r}: which column is the text? Give --text-column, one of: {listed}")
     column = text_column if text_column is not None else known[0] if known else texts[0]
     if column not in texts:
-        raise UserError(f"column {column!r} of data {source.name!r} does not hold strings; columns that do: "
-                        f"{', '.join(texts) or 'none'}")
+        raise UserError(
+            f"column {column!r} of data {source.name!r} does not hold strings; columns that do: "
+            f"{', '.join(texts) or 'none'}"
+        )
     try:
         values = rows.select_columns([column])[start:stop][column]
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read column {column!r} of data {source.name!r}: {_one_line(error)}") from error
     if None in values:
-        raise UserError(f"column {column!r} of data {source.name!r} has no text in row {start + values.index(None)}; "
-                        "give a string in every row")
+        raise UserError(
+            f"column {column!r} of data {source.name!r} has no text in row {start + values.index(None)}; "
+            "give a string in every row"
+        )
     return values

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class TokenBlocks:
     """Token ids in rows of one context; only counted tokens are real."""
 
-    ids: Tensor        # int64[blocks, context]; pads hold 0
-    mask: Tensor       # bool[blocks, context]; False = pad (only at the end of a row)
-    source: str        # what the user named
-    part: str          # calibration | selection | training | test | all
-    fingerprint: str   # sha256 of the counted token ids, as int64 little-endian
+    ids: Tensor  # int64[blocks, context]; pads hold 0
+    mask: Tensor  # bool[blocks, context]; False = pad (only at the end of a row)
+    source: str  # what the user named
+    part: str  # calibration | selection | training | test | all
+    fingerprint: str  # sha256 of the counted token ids, as int64 little-endian
 
     @property
     def tokens(self) -> int:
@@ -41,8 +41,9 @@ class TokenBlocks:
         yield from zip(self.ids.split(rows), self.mask.split(rows), strict=True)
 
 
-def token_blocks(text: Text, tokenizer: PreTrainedTokenizerBase, *, context: int, max_tokens: int | None, seed: int,
-                 evenly: bool) -> TokenBlocks:
+def token_blocks(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, context: int, max_tokens: int | None, seed: int, evenly: bool
+) -> TokenBlocks:
     """Disjoint blocks of `context` tokens, `max_tokens` in all (None: all there are), the last one padded.
 
     `evenly=False` takes the first tokens in order. `evenly=True` spreads the blocks over the whole text: the room that
@@ -60,8 +61,10 @@ def token_blocks(text: Text, tokenizer: PreTrainedTokenizerBase, *, context: int
     else:
         stream = _encode(pieces, tokenizer, wanted)
     if len(stream) < context:
-        raise UserError(f"the {text.part} part of {text.source} has {len(stream)} tokens, one block needs {context}; "
-                        "give more text or a smaller context")
+        raise UserError(
+            f"the {text.part} part of {text.source} has {len(stream)} tokens, one block needs {context}; "
+            "give more text or a smaller context"
+        )
     total = len(stream) if max_tokens is None else min(max_tokens, len(stream))
     count = -(-total // context)
     shifts = _shifts(count, len(stream) - total, generator) if evenly else np.zeros(count, np.int64)
@@ -70,10 +73,15 @@ def token_blocks(text: Text, tokenizer: PreTrainedTokenizerBase, *, context: int
     for block, shift in enumerate(shifts):
         length = min(context, total - block * context)
         start = block * context + shift
-        ids[block, :length] = stream[start:start + length]
+        ids[block, :length] = stream[start : start + length]
         mask[block, :length] = True
-    return TokenBlocks(ids=torch.from_numpy(ids), mask=torch.from_numpy(mask), source=text.source, part=text.part,
-                       fingerprint=hashlib.sha256(ids[mask].astype("<i8").tobytes()).hexdigest())
+    return TokenBlocks(
+        ids=torch.from_numpy(ids),
+        mask=torch.from_numpy(mask),
+        source=text.source,
+        part=text.part,
+        fingerprint=hashlib.sha256(ids[mask].astype("<i8").tobytes()).hexdigest(),
+    )
 
 
 def _shifts(count: int, room: int, generator: np.random.Generator) -> np.ndarray:
@@ -117,8 +125,9 @@ def _encode(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: i
     return np.concatenate(streams)
 
 
-def _draw(pieces: list[str], tokenizer: PreTrainedTokenizerBase, wanted: int,
-          generator: np.random.Generator) -> np.ndarray:
+def _draw(
+    pieces: list[str], tokenizer: PreTrainedTokenizerBase, wanted: int, generator: np.random.Generator
+) -> np.ndarray:
     """int64[tokens], at least `wanted` if there are as many, of pieces drawn evenly."""
     count = -(-max(_ONE_STRING, wanted * _CHARACTERS_PER_TOKEN) // _PIECE)
     while count < len(pieces):

@@ -19,8 +19,14 @@ from compressor.metrics import METRICS, Metric
 from compressor.metrics.perplexity import perplexity
 from compressor.models import OpenModel
 
-TEXT = Text(documents=("A text of some forty characters, scored.",), joined="A text of some forty characters, scored.",
-            source="planted", part="test", split="all", fingerprint="f" * 64)
+TEXT = Text(
+    documents=("A text of some forty characters, scored.",),
+    joined="A text of some forty characters, scored.",
+    source="planted",
+    part="test",
+    split="all",
+    fingerprint="f" * 64,
+)
 ORIGIN = provenance(seed=0, base_model="one", base_hash="", device="cpu", dtype="float32")
 
 
@@ -32,23 +38,45 @@ def opened(tmp_path_factory) -> dict[str, OpenModel]:
     models = {}
     for name, layers, vocabulary in (("one", 2, 257), ("two", 1, 257), ("other words", 1, 258)):
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=16, n_embd=24, n_layer=layers, n_head=2,
-                                           initializer_range=0.3, bos_token_id=0, eos_token_id=0)).eval()
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_positions=16,
+                n_embd=24,
+                n_layer=layers,
+                n_head=2,
+                initializer_range=0.3,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ).eval()
         folder = tmp_path_factory.mktemp("models") / name
         model.save_pretrained(folder)
-        models[name] = OpenModel(name=str(folder), folder=folder, hash="", model=model,
-                                 tokenizer=tokenizer if vocabulary == 257 else merged, stored_dtype=torch.float32)
+        models[name] = OpenModel(
+            name=str(folder),
+            folder=folder,
+            hash="",
+            model=model,
+            tokenizer=tokenizer if vocabulary == 257 else merged,
+            stored_dtype=torch.float32,
+        )
     return models
 
 
 def test_rows_hold_what_the_metrics_give_in_order(opened):
     models = {name: opened[name] for name in ("one", "two")}
-    report = benchmark(models, ["size", {"metric": "perplexity", "context": 8}], {"perplexity": TEXT}, origin=ORIGIN,
-                       quiet=True)
+    report = benchmark(
+        models, ["size", {"metric": "perplexity", "context": 8}], {"perplexity": TEXT}, origin=ORIGIN, quiet=True
+    )
     assert [row.name for row in report.rows] == ["one", "two"] and report.rows[0].source == opened["one"].name
     for row in report.rows:
-        assert [result.metric for result in row.results] == ["parameters", "bytes", "flops_per_token", "perplexity",
-                                                             "word_perplexity"]
+        assert [result.metric for result in row.results] == [
+            "parameters",
+            "bytes",
+            "flops_per_token",
+            "perplexity",
+            "word_perplexity",
+        ]
         alone, _ = perplexity(opened[row.name].model, opened[row.name].tokenizer, TEXT, context=8)
         assert row.find("perplexity") == alone
     first, second = (row.find("perplexity") for row in report.rows)
@@ -57,28 +85,53 @@ def test_rows_hold_what_the_metrics_give_in_order(opened):
 
 
 def test_json_body_is_flat_and_comes_back(opened):
-    report = benchmark({"one": opened["one"], "two": opened["two"]},
-                       ["size", "perplexity", {"metric": "perplexity", "protocol": "lm-eval"}],
-                       {"perplexity": TEXT}, origin=ORIGIN, quiet=True)
+    report = benchmark(
+        {"one": opened["one"], "two": opened["two"]},
+        ["size", "perplexity", {"metric": "perplexity", "protocol": "lm-eval"}],
+        {"perplexity": TEXT},
+        origin=ORIGIN,
+        quiet=True,
+    )
     body = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert len(body["results"]) == 2 * 7 and body["baseline"] == "one"
-    assert {"model", "protocol", "metric", "value", "unit", "higher_is_better", "count", "spread", "settings",
-            "ratio"} == set(body["results"][0])
+    assert {
+        "model",
+        "protocol",
+        "metric",
+        "value",
+        "unit",
+        "higher_is_better",
+        "count",
+        "spread",
+        "settings",
+        "ratio",
+    } == set(body["results"][0])
     found = {(record["model"], record["metric"], record["protocol"]): record for record in body["results"]}
     assert found["two", "perplexity", "lm-eval"]["ratio"] == pytest.approx(
-        found["two", "perplexity", "lm-eval"]["value"] / found["one", "perplexity", "lm-eval"]["value"])
+        found["two", "perplexity", "lm-eval"]["value"] / found["one", "perplexity", "lm-eval"]["value"]
+    )
     assert found["two", "parameters", "unique storages"]["ratio"] < 1
     assert Report.from_dict({**body, "provenance": vars(ORIGIN)}) == report
 
 
 def test_perplexities_taken_differently_are_not_compared(opened):
-    report = benchmark({name: opened[name] for name in ("one", "other words")}, ["perplexity"], {"perplexity": TEXT},
-                       origin=ORIGIN, quiet=True)
+    report = benchmark(
+        {name: opened[name] for name in ("one", "other words")},
+        ["perplexity"],
+        {"perplexity": TEXT},
+        origin=ORIGIN,
+        quiet=True,
+    )
     token, word = report.rows[1].results
     assert report.ratio(report.rows[1], token) is None  # its tokens are others
     assert report.ratio(report.rows[1], word) == word.value / report.rows[0].results[1].value
-    one = benchmark({"one": opened["one"]}, [{"metric": "perplexity", "stride": 4}, "perplexity"],
-                    {"perplexity": TEXT}, origin=ORIGIN, quiet=True)
+    one = benchmark(
+        {"one": opened["one"]},
+        [{"metric": "perplexity", "stride": 4}, "perplexity"],
+        {"perplexity": TEXT},
+        origin=ORIGIN,
+        quiet=True,
+    )
     assert [one.ratio(one.rows[0], result) for result in one.rows[0].results] == [1, 1, 1, 1]
     moved = Report((one.rows[0], Row("x", "x", report.rows[0].results)), ORIGIN)
     assert moved.ratio(moved.rows[1], report.rows[0].results[0]) == 1  # matched with the one of the same stride
@@ -121,15 +174,21 @@ def test_progress_goes_to_stderr_unless_quiet(opened, capsys):
         assert said.out == "" and (said.err == "") == quiet
 
 
-@pytest.mark.parametrize(("metrics", "message"), [
-    (["perplexitty"], r"unknown metric 'perplexitty' \(did you mean 'perplexity'\?\); allowed: perplexity, size"),
-    ([{"metric": "perplexity", "strid": 4}], r"unknown setting of metric perplexity 'strid' \(did you mean 'stride'"),
-    ([{"protocol": "strided"}], "names no metric"),
-    ([3], "names no metric"),
-    ([], "is not a list of metrics"),
-    ("size", "is not a list of metrics"),
-    (["size", "size"], "'size' stands twice with the same settings"),
-])
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (["perplexitty"], r"unknown metric 'perplexitty' \(did you mean 'perplexity'\?\); allowed: perplexity, size"),
+        (
+            [{"metric": "perplexity", "strid": 4}],
+            r"unknown setting of metric perplexity 'strid' \(did you mean 'stride'",
+        ),
+        ([{"protocol": "strided"}], "names no metric"),
+        ([3], "names no metric"),
+        ([], "is not a list of metrics"),
+        ("size", "is not a list of metrics"),
+        (["size", "size"], "'size' stands twice with the same settings"),
+    ],
+)
 def test_bad_metrics_are_one_line(opened, metrics, message):
     with pytest.raises(UserError, match=message) as caught:
         benchmark(opened, metrics, {}, origin=ORIGIN, quiet=True)
@@ -159,18 +218,23 @@ def test_suites_of_the_package_can_be_run(name, opened):
 def test_a_suite_may_be_a_file(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("metrics:\n  - size\n  - {metric: perplexity, max_tokens: 100}\n", encoding="utf-8")
-    assert suite(path) == {"description": "", "metrics": [{"metric": "size"},
-                                                          {"metric": "perplexity", "max_tokens": 100}]}
+    assert suite(path) == {
+        "description": "",
+        "metrics": [{"metric": "size"}, {"metric": "perplexity", "max_tokens": 100}],
+    }
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("metrics: [size]\nmodel: gpt2\n", r"unknown key of suite .* 'model'; allowed: description, metrics"),
-    ("metric: [size]\n", "has no list of metrics"),
-    ("- size\n", "has no list of metrics"),
-    ("metrics: [perplexiti]\n", "unknown metric 'perplexiti'"),
-    ("metrics: [{metric: size, rank: 3}]\n", "unknown setting of metric size 'rank'"),
-    ("metrics: [\n", "is not readable YAML"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("metrics: [size]\nmodel: gpt2\n", r"unknown key of suite .* 'model'; allowed: description, metrics"),
+        ("metric: [size]\n", "has no list of metrics"),
+        ("- size\n", "has no list of metrics"),
+        ("metrics: [perplexiti]\n", "unknown metric 'perplexiti'"),
+        ("metrics: [{metric: size, rank: 3}]\n", "unknown setting of metric size 'rank'"),
+        ("metrics: [\n", "is not readable YAML"),
+    ],
+)
 def test_bad_suites_are_one_line(tmp_path: Path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content, encoding="utf-8")

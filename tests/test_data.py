@@ -42,24 +42,44 @@ def one_line(error) -> str:
 
 SHAPES = {
     ("train", "validation", "test"): {
-        "calibration": numbered("train", 0, 20), "training": numbered("train", 20, 200),
-        "selection": numbered("validation", 0, 200), "test": numbered("test", 0, 200)},
+        "calibration": numbered("train", 0, 20),
+        "training": numbered("train", 20, 200),
+        "selection": numbered("validation", 0, 200),
+        "test": numbered("test", 0, 200),
+    },
     ("train", "test"): {
-        "calibration": numbered("train", 0, 20), "selection": numbered("train", 20, 40),
-        "training": numbered("train", 40, 200), "test": numbered("test", 0, 200)},
+        "calibration": numbered("train", 0, 20),
+        "selection": numbered("train", 20, 40),
+        "training": numbered("train", 40, 200),
+        "test": numbered("test", 0, 200),
+    },
     ("train", "test", "unsupervised"): {
-        "calibration": numbered("train", 0, 20), "selection": numbered("train", 20, 40),
-        "training": numbered("train", 40, 200), "test": numbered("test", 0, 200)},
+        "calibration": numbered("train", 0, 20),
+        "selection": numbered("train", 20, 40),
+        "training": numbered("train", 40, 200),
+        "test": numbered("test", 0, 200),
+    },
     ("validation", "test"): {
-        "calibration": numbered("validation", 0, 20), "selection": numbered("validation", 20, 40),
-        "training": numbered("validation", 40, 200), "test": numbered("test", 0, 200)},
+        "calibration": numbered("validation", 0, 20),
+        "selection": numbered("validation", 20, 40),
+        "training": numbered("validation", 40, 200),
+        "test": numbered("test", 0, 200),
+    },
     ("train", "validation"): {
-        "calibration": numbered("train", 0, 20), "training": numbered("train", 20, 200),
-        "selection": numbered("validation", 0, 100), "test": numbered("validation", 100, 200)},
-    **{(only,): {
-        "calibration": numbered(only, 0, 16), "training": numbered(only, 16, 160),
-        "selection": numbered(only, 160, 180), "test": numbered(only, 180, 200)}
-       for only in ("train", "validation", "test", "reviews")},
+        "calibration": numbered("train", 0, 20),
+        "training": numbered("train", 20, 200),
+        "selection": numbered("validation", 0, 100),
+        "test": numbered("validation", 100, 200),
+    },
+    **{
+        (only,): {
+            "calibration": numbered(only, 0, 16),
+            "training": numbered(only, 16, 160),
+            "selection": numbered(only, 160, 180),
+            "test": numbered(only, 180, 200),
+        }
+        for only in ("train", "validation", "test", "reviews")
+    },
 }
 
 
@@ -238,13 +258,19 @@ def test_specs():
     assert specs(given) == given and list(specs(given)) == list(PARTS)
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ({"calibration": "a"}, "selection, training, test"),
-    ({**dict.fromkeys(PARTS, "a"), "tests": "a"}, "did you mean 'test'"),
-    ({**dict.fromkeys(PARTS, "a"), "test": 3}, "data.test is 3"),
-    ({**dict.fromkeys(PARTS, "a"), "test": None}, "data.test is None"),
-    (3, "data is 3"), (None, "data is None"), (["a"], "mapping"), ({3: "a"}, "'3'"),
-])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"calibration": "a"}, "selection, training, test"),
+        ({**dict.fromkeys(PARTS, "a"), "tests": "a"}, "did you mean 'test'"),
+        ({**dict.fromkeys(PARTS, "a"), "test": 3}, "data.test is 3"),
+        ({**dict.fromkeys(PARTS, "a"), "test": None}, "data.test is None"),
+        (3, "data is 3"),
+        (None, "data is None"),
+        (["a"], "mapping"),
+        ({3: "a"}, "'3'"),
+    ],
+)
 def test_wrong_specs_are_one_line(given, said):
     with pytest.raises(UserError) as error:
         specs(given)
@@ -287,8 +313,9 @@ def test_cuts_leave_room_for_the_search_of_a_line_end():
         for split in shape:
             if split == "unsupervised":
                 continue
-            placed = [cut for cut in cuts([name for name in shape if name != "unsupervised"]).values()
-                      if cut.split == split]
+            placed = [
+                cut for cut in cuts([name for name in shape if name != "unsupervised"]).values() if cut.split == split
+            ]
             edges = sorted({edge for cut in placed for edge in (cut.start, cut.stop)})
             assert edges[0] == 0 and edges[-1] == 100
             assert all(after - before >= 8 for before, after in itertools.pairwise(edges))
@@ -301,15 +328,26 @@ def test_cuts_leave_room_for_the_search_of_a_line_end():
 def test_real_files():
     root = Path(REAL) / "data"
     whole = (root / "wikitext-2" / "validation.txt").read_bytes().decode()
-    parts = [text(str(root / "wikitext-2" / "validation.txt"), part).joined
-             for part in ("calibration", "training", "selection", "test")]
+    parts = [
+        text(str(root / "wikitext-2" / "validation.txt"), part).joined
+        for part in ("calibration", "training", "selection", "test")
+    ]
     assert "".join(parts) == whole and all(piece.endswith("\n") for piece in parts)
     reviews = str(root / "imdb" / "unlabelled.parquet")
     assert {part: len(text(reviews, part).documents) for part in PARTS} == {
-        "calibration": 480, "selection": 600, "training": 4320, "test": 600}
+        "calibration": 480,
+        "selection": 600,
+        "training": 4320,
+        "test": 600,
+    }
     folder = str(root / "imdb")
     assert {part: len(text(folder, part).documents) for part in (*PARTS, "all")} == {
-        "calibration": 250, "selection": 250, "training": 2000, "test": 2000, "all": 2000}
+        "calibration": 250,
+        "selection": 250,
+        "training": 2000,
+        "test": 2000,
+        "all": 2000,
+    }
     assert len(text(folder, "all", split="unlabelled").documents) == 6000
     news = text(str(root / "bbc-summary"), "all")  # columns document, summary
     assert len(news.documents) == 223 and min(map(len, news.documents)) > 500

@@ -26,8 +26,17 @@ CONTEXT, VOCABULARY = 16, 61
 
 def make_model(seed: int = 0, **changes) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=24, n_layer=2, n_head=2,
-                        initializer_range=0.4, bos_token_id=0, eos_token_id=0, **changes)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_embd=24,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=0,
+        **changes,
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -95,9 +104,17 @@ def test_head_runs_on_scored_positions_only(model):
 def test_pads_change_nothing_and_counting_them_would(compressed):
     if compressed:
         torch.manual_seed(3)
-        model = GPT2CompressedLMHeadModel(GPT2CompressedConfig(
-            vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=24, n_layer=2, n_head=2, initializer_range=0.4,
-            ffn_groups=[{"layers": [0, 1], "rank": 2, "bias": "per_layer"}])).eval()
+        model = GPT2CompressedLMHeadModel(
+            GPT2CompressedConfig(
+                vocab_size=VOCABULARY,
+                n_positions=CONTEXT,
+                n_embd=24,
+                n_layer=2,
+                n_head=2,
+                initializer_range=0.4,
+                ffn_groups=[{"layers": [0, 1], "rank": 2, "bias": "per_layer"}],
+            )
+        ).eval()
     else:
         model = make_model()
     rows = [tokens(length, length) for length in (9, 4, 2)]
@@ -106,7 +123,7 @@ def test_pads_change_nothing_and_counting_them_would(compressed):
         ids = torch.full((3, 11), filler)
         mask = torch.zeros(3, 11, dtype=torch.bool)
         for index, row in enumerate(rows):
-            ids[index, :len(row)], mask[index, :len(row)] = row, True
+            ids[index, : len(row)], mask[index, : len(row)] = row, True
         together = token_nll(model, ids, mask)
         np.testing.assert_allclose(together.sum(1).numpy(), alone, rtol=1e-6)
         counted = token_nll(model, ids, torch.ones_like(mask))  # the fault: pads as targets
@@ -181,8 +198,10 @@ def test_overlapping_windows_equal_the_published_loop(model, length, stride):
 def test_windows_without_overlap_score_every_token_but_the_first(model, length, context):
     ids = tokens(length)
     got = text_nll(model, [ids], [strided_spans(length, context, context)])
-    wanted = [reference(model, ids[(target - 1) // context * context:target].tolist(), int(ids[target]))
-              for target in range(1, length)]
+    wanted = [
+        reference(model, ids[(target - 1) // context * context : target].tolist(), int(ids[target]))
+        for target in range(1, length)
+    ]
     np.testing.assert_allclose(got.numpy(), wanted, rtol=2e-6, atol=1e-6)
     inside = [value for target, value in enumerate(wanted, start=1) if target % context]
     np.testing.assert_allclose(inside, published_loop(model, ids.tolist(), context, context), rtol=1e-6, atol=1e-9)
@@ -200,10 +219,10 @@ def rolling_pairs(ids: list[int], prefix: int, longest: int) -> list[tuple[list[
     inputs are the `longest` tokens before the last of them."""
     pairs, done = [], 0
     while done < len(ids):
-        new = ids[done:done + longest]
+        new = ids[done : done + longest]
         history = [prefix, *ids]
         end = 1 + done + len(new)  # of the targets in `history`
-        inputs = history[max(0, end - 1 - longest):end - 1]
+        inputs = history[max(0, end - 1 - longest) : end - 1]
         pairs.append((inputs, new))
         done += len(new)
     return pairs
@@ -215,7 +234,7 @@ def test_rolling_windows_equal_a_naive_reading(model, length):
     wanted = []
     for inputs, targets in rolling_pairs(ids.tolist(), prefix, longest):
         with torch.no_grad():
-            logits = model(torch.tensor([inputs])).logits[0, -len(targets):].double()
+            logits = model(torch.tensor([inputs])).logits[0, -len(targets) :].double()
         wanted += (-logits.log_softmax(-1)[range(len(targets)), targets]).tolist()
     sequence = torch.cat([torch.tensor([prefix]), ids])
     got = text_nll(model, [sequence], [rolling_spans(len(sequence), longest)])
@@ -236,8 +255,13 @@ def test_batch_size_changes_nothing(model, stride):
 
 def test_progress_reaches_its_end(model):
     seen: list[tuple[int, int]] = []
-    text_nll(model, [tokens(40)], [strided_spans(40, 8, 4)], batch_tokens=16,
-             progress=lambda done, total: seen.append((done, total)))
+    text_nll(
+        model,
+        [tokens(40)],
+        [strided_spans(40, 8, 4)],
+        batch_tokens=16,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen[-1][0] == seen[-1][1] == len(strided_spans(40, 8, 4)) and len(seen) > 2
 
 

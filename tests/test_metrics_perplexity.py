@@ -16,8 +16,10 @@ from compressor.metrics.perplexity import perplexity
 from compressor.metrics.wikitext import articles, detokenise
 
 END = 256
-WIKI = ("\n = First = \n \n It cost 1 @,@ 250 , or so , in a well @-@ known shop . \n \n = = Part = = \n \n More "
-        "( much more ) , he said . \n \n = Second = \n \n \" Yes \" , and no ; why ? \n")
+WIKI = (
+    "\n = First = \n \n It cost 1 @,@ 250 , or so , in a well @-@ known shop . \n \n = = Part = = \n \n More "
+    '( much more ) , he said . \n \n = Second = \n \n " Yes " , and no ; why ? \n'
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,19 @@ def tokenizer() -> GPT2Tokenizer:
 
 def make_model(**changes) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(**{"vocab_size": END + 1, "n_positions": 16, "n_embd": 24, "n_layer": 1, "n_head": 2,
-                           "initializer_range": 0.3, "bos_token_id": END, "eos_token_id": END, **changes})
+    config = GPT2Config(
+        **{
+            "vocab_size": END + 1,
+            "n_positions": 16,
+            "n_embd": 24,
+            "n_layer": 1,
+            "n_head": 2,
+            "initializer_range": 0.3,
+            "bos_token_id": END,
+            "eos_token_id": END,
+            **changes,
+        }
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -39,14 +52,20 @@ def model() -> GPT2LMHeadModel:
 
 
 def make_text(*documents: str) -> Text:
-    return Text(documents=documents, joined="\n\n".join(documents), source="planted", part="test", split="all",
-                fingerprint="f" * 64)
+    return Text(
+        documents=documents,
+        joined="\n\n".join(documents),
+        source="planted",
+        part="test",
+        split="all",
+        fingerprint="f" * 64,
+    )
 
 
 def scores(model, history: list[int], begin: int, end: int, first: int) -> float:
     """Summed NLL of history[first:end] in one window history[begin:end], from the full logits in float64."""
     with torch.no_grad():
-        logits = model(torch.tensor([history[begin:end - 1]])).logits[0].double().log_softmax(-1)
+        logits = model(torch.tensor([history[begin : end - 1]])).logits[0].double().log_softmax(-1)
     return -sum(float(logits[target - 1 - begin, history[target]]) for target in range(first, end))
 
 
@@ -76,8 +95,9 @@ def test_uniform_logits_give_the_size_of_the_vocabulary(tokenizer):
     with torch.no_grad():
         uniform.lm_head.weight.zero_()
     for protocol in ("strided", "lm-eval", "openai-detok"):
-        token, word = perplexity(uniform, tokenizer, make_text("What is known of this text is nothing."),
-                                 protocol=protocol)
+        token, word = perplexity(
+            uniform, tokenizer, make_text("What is known of this text is nothing."), protocol=protocol
+        )
         assert token.value == pytest.approx(257, rel=1e-6)
         assert word.value == pytest.approx(257 ** (token.count / 8), rel=1e-5)
         assert token.spread is None or token.spread["standard_error"] == pytest.approx(0, abs=1e-3)
@@ -93,8 +113,12 @@ def test_strided_equals_a_loop(model, tokenizer, context, stride):
     assert token.count == word.count == len(ids) - 1
     assert math.log(token.value) == pytest.approx(wanted / (len(ids) - 1), rel=1e-6)
     assert math.log(word.value) == pytest.approx(wanted / 11, rel=1e-6)
-    assert (token.metric, word.metric, token.unit, word.unit) == ("perplexity", "word_perplexity", "per token",
-                                                                  "per word")
+    assert (token.metric, word.metric, token.unit, word.unit) == (
+        "perplexity",
+        "word_perplexity",
+        "per token",
+        "per word",
+    )
     assert token.settings["context"] == context and token.settings["stride"] == (stride or context // 2)
     assert token.settings["joiner"] == "\n\n" and token.settings["tokens"] == len(ids)
     assert token.settings["fingerprint"] == "f" * 64 and token.settings["protocol"] == "strided"
@@ -190,20 +214,23 @@ def test_what_is_not_finite_is_said_and_is_no_json_number(tokenizer):
     assert math.isnan(type(token).from_dict(token.to_dict()).value)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"context": 17}, r"context=17 is not allowed; allowed: whole numbers from 1 to 16"),
-    ({"context": 0}, r"context=0 is not allowed"),
-    ({"context": "all"}, r"context='all' is not allowed"),
-    ({"stride": 17}, r"stride=17 is not allowed; allowed: whole numbers from 1 to 16"),
-    ({"context": 8, "stride": 9}, r"stride=9 is not allowed; allowed: whole numbers from 1 to 8"),
-    ({"stride": 0}, r"stride=0 is not allowed"),
-    ({"stride": -4}, r"stride=-4 is not allowed"),
-    ({"stride": True}, r"stride=True is not allowed"),
-    ({"max_tokens": 1}, r"max_tokens=1 is not allowed; allowed: whole numbers from 2"),
-    ({"batch_tokens": 0}, r"batch_tokens=0 is not allowed"),
-    ({"protocol": "stridden"}, r"unknown protocol of perplexity 'stridden' \(did you mean 'strided'\?\)"),
-    ({"protocol": "lm-eval", "stride": 4}, r"stride=4 is not allowed with protocol 'lm-eval'"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"context": 17}, r"context=17 is not allowed; allowed: whole numbers from 1 to 16"),
+        ({"context": 0}, r"context=0 is not allowed"),
+        ({"context": "all"}, r"context='all' is not allowed"),
+        ({"stride": 17}, r"stride=17 is not allowed; allowed: whole numbers from 1 to 16"),
+        ({"context": 8, "stride": 9}, r"stride=9 is not allowed; allowed: whole numbers from 1 to 8"),
+        ({"stride": 0}, r"stride=0 is not allowed"),
+        ({"stride": -4}, r"stride=-4 is not allowed"),
+        ({"stride": True}, r"stride=True is not allowed"),
+        ({"max_tokens": 1}, r"max_tokens=1 is not allowed; allowed: whole numbers from 2"),
+        ({"batch_tokens": 0}, r"batch_tokens=0 is not allowed"),
+        ({"protocol": "stridden"}, r"unknown protocol of perplexity 'stridden' \(did you mean 'strided'\?\)"),
+        ({"protocol": "lm-eval", "stride": 4}, r"stride=4 is not allowed with protocol 'lm-eval'"),
+    ],
+)
 def test_bad_settings_are_one_line(model, tokenizer, given, message):
     with pytest.raises(UserError, match=message) as caught:
         perplexity(model, tokenizer, make_text("some text"), **given)

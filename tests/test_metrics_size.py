@@ -40,29 +40,35 @@ def shared(n: int, rank: int, bias: str, **changes) -> GPT2CompressedConfig:
 # ---------------------------------------------------------------- parameters
 
 
-@pytest.mark.parametrize(("changes", "count"), [
-    ({}, 124_439_808),
-    ({"tie_word_embeddings": False}, 163_037_184),
-    ({"n_layer": 6}, 81_912_576),
-    ({"n_embd": 1024, "n_layer": 24, "n_head": 16}, 354_823_168),
-    ({"n_embd": 1280, "n_layer": 36, "n_head": 20}, 774_030_080),
-    ({"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
-    ({"n_layer": 9}, 103_176_192),  # compressed_n, n = 4
-    ({"n_layer": 3}, 60_648_960),   # compressed_n, n = 10
-])
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({}, 124_439_808),
+        ({"tie_word_embeddings": False}, 163_037_184),
+        ({"n_layer": 6}, 81_912_576),
+        ({"n_embd": 1024, "n_layer": 24, "n_head": 16}, 354_823_168),
+        ({"n_embd": 1280, "n_layer": 36, "n_head": 20}, 774_030_080),
+        ({"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+        ({"n_layer": 9}, 103_176_192),  # compressed_n, n = 4
+        ({"n_layer": 3}, 60_648_960),  # compressed_n, n = 10
+    ],
+)
 def test_parameters_of_the_gpt2_family(changes, count):
     assert parameters(on_meta(GPT2Config(**changes))) == count
 
 
-@pytest.mark.parametrize(("n", "rank", "bias", "count"), [
-    (2, 0, "shared", 119_717_376),
-    (4, 0, "shared", 110_272_512),
-    (10, 0, "shared", 81_937_920),
-    (12, 0, "shared", 72_493_056),
-    (4, 8, "shared", 110_518_272),
-    (4, 64, "shared", 112_238_592),
-    (4, 8, "per_layer", 110_529_792),
-])
+@pytest.mark.parametrize(
+    ("n", "rank", "bias", "count"),
+    [
+        (2, 0, "shared", 119_717_376),
+        (4, 0, "shared", 110_272_512),
+        (10, 0, "shared", 81_937_920),
+        (12, 0, "shared", 72_493_056),
+        (4, 8, "shared", 110_518_272),
+        (4, 64, "shared", 112_238_592),
+        (4, 8, "per_layer", 110_529_792),
+    ],
+)
 def test_parameters_of_shared_ffns(n, rank, bias, count):
     assert parameters(on_meta(shared(n, rank, bias))) == count
 
@@ -79,8 +85,9 @@ def test_a_module_in_two_places_counts_once_and_a_copy_counts_twice():
     whole, ffn = parameters(model), sum(weight.numel() for weight in model.transformer.h[0].mlp.parameters())
     model.transformer.h[1].mlp = model.transformer.h[0].mlp
     assert parameters(model) == whole - ffn
-    for one, other in zip(model.transformer.h[2].mlp.parameters(), model.transformer.h[3].mlp.parameters(),
-                          strict=True):
+    for one, other in zip(
+        model.transformer.h[2].mlp.parameters(), model.transformer.h[3].mlp.parameters(), strict=True
+    ):
         other.data = one.data  # two Parameters, one memory
     assert parameters(model) == whole - 2 * ffn
 
@@ -114,8 +121,10 @@ def test_non_zero_sees_pruning_and_counts_ties_once():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_of_the_files_and_predicted(tmp_path: Path, dtype):
-    for name, model in (("plain", GPT2LMHeadModel(GPT2Config(**TINY))),
-                        ("shared", GPT2CompressedLMHeadModel(shared(3, 2, "per_layer", **TINY)))):
+    for name, model in (
+        ("plain", GPT2LMHeadModel(GPT2Config(**TINY))),
+        ("shared", GPT2CompressedLMHeadModel(shared(3, 2, "per_layer", **TINY))),
+    ):
         model.to(dtype).save_pretrained(tmp_path / name)
         written = (tmp_path / name / "model.safetensors").stat().st_size
         assert weight_bytes(tmp_path / name) == written
@@ -150,10 +159,15 @@ def test_flops_of_gpt2_small():
     assert flops_per_token(GPT2Config()) == flops  # context: n_positions
 
 
-@pytest.mark.parametrize("config", [
-    GPT2Config(**TINY), GPT2Config(**TINY, n_inner=24),
-    shared(3, 2, "per_layer", **TINY), shared(4, 0, "shared", **TINY),
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(**TINY),
+        GPT2Config(**TINY, n_inner=24),
+        shared(3, 2, "per_layer", **TINY),
+        shared(4, 0, "shared", **TINY),
+    ],
+)
 def test_flops_equal_those_pytorch_counts(config):
     """PyTorch counts full attention; the causal half of it is what a token sees."""
     model = on_meta(config).eval()

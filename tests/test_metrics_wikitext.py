@@ -9,23 +9,28 @@ import pytest
 
 from compressor.metrics.wikitext import articles, detokenise, is_wikitext, words_begun
 
-FILE = (" \n = First = \n \n It cost 1 @,@ 250 @.@ 5 , or so , in a well @-@ known shop . \n \n = = Part = = \n \n"
-        " More ( much more ) . \n \n = Second = \n \n \" Yes \" , he said : no ; why ? \n")
+FILE = (
+    " \n = First = \n \n It cost 1 @,@ 250 @.@ 5 , or so , in a well @-@ known shop . \n \n = = Part = = \n \n"
+    ' More ( much more ) . \n \n = Second = \n \n " Yes " , he said : no ; why ? \n'
+)
 
 
-@pytest.mark.parametrize(("split", "joined"), [
-    ("a well @-@ known 1 @,@ 250 @.@ 5", "a well-known 1,250.5"),
-    ("one , two ; three : four . Five ! Six ? Seven", "one, two; three: four. Five! Six? Seven"),
-    ("( in brackets ) [ and these ] { and those }", "(in brackets) [and these] {and those}"),
-    ('he said " a word " aloud', 'he said "a word" aloud'),
-    ("the girl 's and the girls ' book", "the girl's and the girls' book"),
-    (" = = = Deep = = = ", " === Deep === "),
-    (" = = = = Deeper = = = = ", " ==== Deeper ==== "),
-    ("20 ° C", "20°C"),
-    ("line \n next", "line\nnext"),
-    ("N is N here", "N is 1 here"),
-    ("nothing to do", "nothing to do"),
-])
+@pytest.mark.parametrize(
+    ("split", "joined"),
+    [
+        ("a well @-@ known 1 @,@ 250 @.@ 5", "a well-known 1,250.5"),
+        ("one , two ; three : four . Five ! Six ? Seven", "one, two; three: four. Five! Six? Seven"),
+        ("( in brackets ) [ and these ] { and those }", "(in brackets) [and these] {and those}"),
+        ('he said " a word " aloud', 'he said "a word" aloud'),
+        ("the girl 's and the girls ' book", "the girl's and the girls' book"),
+        (" = = = Deep = = = ", " === Deep === "),
+        (" = = = = Deeper = = = = ", " ==== Deeper ==== "),
+        ("20 ° C", "20°C"),
+        ("line \n next", "line\nnext"),
+        ("N is N here", "N is 1 here"),
+        ("nothing to do", "nothing to do"),
+    ],
+)
 def test_detokenise(split, joined):
     assert detokenise(split) == joined
 
@@ -53,7 +58,8 @@ def test_words_begun_counts_words_of_the_original():
     assert words_begun(original, "It cost 1") == 3
     assert words_begun(original, "It cost 1,2") == 5  # the fifth word, 250, has begun
     assert [words_begun(original, shown[:end]) for end in range(len(shown))] == sorted(
-        words_begun(original, shown[:end]) for end in range(len(shown)))
+        words_begun(original, shown[:end]) for end in range(len(shown))
+    )
 
 
 def test_real_wikitext_keeps_its_visible_characters():

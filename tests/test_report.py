@@ -22,18 +22,39 @@ ORIGIN = provenance(seed=0, base_model="gpt2", base_hash="", device="cpu", dtype
 
 def make_row(name: str, parameters: int, perplexity: float, protocols=("strided",)) -> Row:
     results = [
-        MetricResult("parameters", parameters, "parameters", False, 1, None,
-                     {"protocol": "unique storages", "embeddings": 39_383_808,
-                      "embedding_share": 39_383_808 / parameters, "non_zero": parameters // 2}),
+        MetricResult(
+            "parameters",
+            parameters,
+            "parameters",
+            False,
+            1,
+            None,
+            {
+                "protocol": "unique storages",
+                "embeddings": 39_383_808,
+                "embedding_share": 39_383_808 / parameters,
+                "non_zero": parameters // 2,
+            },
+        ),
         MetricResult("bytes", 4 * parameters, "bytes", False, 1, None, {"protocol": "weight files"}),
         MetricResult("flops_per_token", 247_064_064, "operations per token", False, 12, None, {"protocol": "forward"}),
     ]
     for protocol in protocols:
-        settings = {"protocol": protocol, "context": 1024, "stride": 512, "tokens": 16_384, "words": 14_000,
-                    "source": "wikitext", "part": "test", "fingerprint": "ab" * 32}
+        settings = {
+            "protocol": protocol,
+            "context": 1024,
+            "stride": 512,
+            "tokens": 16_384,
+            "words": 14_000,
+            "source": "wikitext",
+            "part": "test",
+            "fingerprint": "ab" * 32,
+        }
         spread = None if math.isnan(perplexity) else {"standard_error": perplexity / 100, "method": "delta method"}
-        results += [MetricResult("perplexity", perplexity, "per token", False, 16_383, spread, settings),
-                    MetricResult("word_perplexity", 1500 * perplexity, "per word", False, 16_383, spread, settings)]
+        results += [
+            MetricResult("perplexity", perplexity, "per token", False, 16_383, spread, settings),
+            MetricResult("word_perplexity", 1500 * perplexity, "per word", False, 16_383, spread, settings),
+        ]
     return Row(name, f"runs/{name}", tuple(results))
 
 
@@ -41,8 +62,11 @@ def make_report(*rows: Row) -> Report:
     return Report(rows, ORIGIN)
 
 
-BEFORE_AFTER = make_report(make_row("gpt2", 124_439_808, 25.1678), make_row("soft_shared", 110_529_792, 28.0),
-                           make_row("control", 124_439_808, 22.1))
+BEFORE_AFTER = make_report(
+    make_row("gpt2", 124_439_808, 25.1678),
+    make_row("soft_shared", 110_529_792, 28.0),
+    make_row("control", 124_439_808, 22.1),
+)
 
 
 def cells(line: str) -> list[str]:
@@ -51,12 +75,30 @@ def cells(line: str) -> list[str]:
 
 def test_markdown_table_says_before_and_after():
     header, rule, before, after, *_ = table(BEFORE_AFTER, markdown=True).splitlines()
-    assert cells(header) == ["model", "parameters", "ratio", "non-zero", "embeddings", "bytes", "FLOPs/token",
-                             "perplexity", "perplexity ratio"]
+    assert cells(header) == [
+        "model",
+        "parameters",
+        "ratio",
+        "non-zero",
+        "embeddings",
+        "bytes",
+        "FLOPs/token",
+        "perplexity",
+        "perplexity ratio",
+    ]
     assert all(cell.strip("-") in ("", ":") for cell in cells(rule))
     assert cells(before) == ["gpt2", "124,439,808", "1.000", "50.0%", "31.6%", "497.8 MB", "247.1 M", "25.17", "1.000"]
-    assert cells(after) == ["soft_shared", "110,529,792", "0.888", "50.0%", "35.6%", "442.1 MB", "247.1 M", "28.00",
-                            "1.113"]
+    assert cells(after) == [
+        "soft_shared",
+        "110,529,792",
+        "0.888",
+        "50.0%",
+        "35.6%",
+        "442.1 MB",
+        "247.1 M",
+        "28.00",
+        "1.113",
+    ]
 
 
 def test_word_perplexity_and_error_stand_beside():
@@ -68,8 +110,12 @@ def test_word_perplexity_and_error_stand_beside():
 
 @pytest.mark.parametrize("markdown", [False, True])
 def test_thirty_rows_stay_aligned(markdown):
-    rows = [make_row(f"variant {'x' * (index % 17)} {index}", 124_439_808 - index * 10 ** (index % 7),
-                     25 + 3.0 ** (index % 9)) for index in range(30)]
+    rows = [
+        make_row(
+            f"variant {'x' * (index % 17)} {index}", 124_439_808 - index * 10 ** (index % 7), 25 + 3.0 ** (index % 9)
+        )
+        for index in range(30)
+    ]
     lines = table(make_report(*rows), markdown=markdown).split("\n\n")[0].splitlines()
     assert len(lines) == 32
     if markdown:
@@ -79,8 +125,10 @@ def test_thirty_rows_stay_aligned(markdown):
 
 
 def test_terminal_table_has_one_table_a_protocol():
-    rows = [make_row("gpt2", 124_439_808, 25.0, ("strided", "lm-eval")),
-            make_row("merged", 110_000_000, 30.0, ("strided", "lm-eval"))]
+    rows = [
+        make_row("gpt2", 124_439_808, 25.0, ("strided", "lm-eval")),
+        make_row("merged", 110_000_000, 30.0, ("strided", "lm-eval")),
+    ]
     text = table(make_report(*rows))
     assert text.count("parameters") == 1 and "|" not in text
     assert text.index("Perplexity strided:") < text.index("Perplexity lm-eval:") < text.index("word perplexity")
@@ -101,8 +149,9 @@ def test_names_cannot_break_the_markdown():
     assert line.replace("\\|", "").count("|") == 10
 
 
-@pytest.mark.parametrize(("value", "shown"), [
-    (497_759_232, "497.8 M"), (1_557_611_200, "1.6 G"), (9_990, "10.0 k"), (12, "12 ")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(497_759_232, "497.8 M"), (1_557_611_200, "1.6 G"), (9_990, "10.0 k"), (12, "12 ")]
+)
 def test_scaled(value, shown):
     assert scaled(value) == shown
 
@@ -145,9 +194,10 @@ def test_a_missing_report_is_one_line(tmp_path: Path):
 
 
 def crowd(count: int) -> Report:
-    return make_report(make_row("gpt2", 124_439_808, 25.0),
-                       *(make_row(f"soft_shared start={index}", 110_529_792, 27.0 + index / 4)
-                         for index in range(count - 1)))
+    return make_report(
+        make_row("gpt2", 124_439_808, 25.0),
+        *(make_row(f"soft_shared start={index}", 110_529_792, 27.0 + index / 4) for index in range(count - 1)),
+    )
 
 
 def labels_of(report: Report) -> tuple[list, list[str]]:

@@ -39,12 +39,15 @@ def test_names_of_the_hub():
     assert parse("demo").kind == "demo"
 
 
-@pytest.mark.parametrize(("short", "long"), [
-    ("wikitext", "Salesforce/wikitext:wikitext-2-raw-v1"),
-    ("imdb", "stanfordnlp/imdb"),
-    ("cnn_dailymail", "abisee/cnn_dailymail:3.0.0"),
-    ("wikitext:wikitext-103-raw-v1", "Salesforce/wikitext:wikitext-103-raw-v1"),
-])
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("wikitext", "Salesforce/wikitext:wikitext-2-raw-v1"),
+        ("imdb", "stanfordnlp/imdb"),
+        ("cnn_dailymail", "abisee/cnn_dailymail:3.0.0"),
+        ("wikitext:wikitext-103-raw-v1", "Salesforce/wikitext:wikitext-103-raw-v1"),
+    ],
+)
 def test_short_names_equal_their_long_forms(short, long):
     assert parse(short) == parse(long)
     assert parse(short).name == short
@@ -67,10 +70,23 @@ def test_what_exists_goes_before_the_hub_but_not_before_a_short_name(tmp_path, m
     assert parse("./imdb").kind == "folder"
 
 
-@pytest.mark.parametrize("spec", [
-    "missing.txt", "missing.jsonl", "missing.json", "missing.csv", "MISSING.PARQUET", "./missing", "../missing",
-    "~/missing", "/no/such/folder", "there/missing", "a/b/c", "missing/",
-])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "missing.txt",
+        "missing.jsonl",
+        "missing.json",
+        "missing.csv",
+        "MISSING.PARQUET",
+        "./missing",
+        "../missing",
+        "~/missing",
+        "/no/such/folder",
+        "there/missing",
+        "a/b/c",
+        "missing/",
+    ],
+)
 def test_a_missing_path_is_no_hub_name(spec, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -142,14 +158,26 @@ def test_the_stem_names_the_split(tmp_path):
     (tmp_path / "README.md").write_text("no data")
     (tmp_path / "folder.txt").mkdir()
     found = {split: rows_of(tmp_path, split) for split in splits(parse(str(tmp_path)))}
-    assert found == {"train": ["train-00000-of-00002", "train-00001-of-00002"], "validation": ["dev"],
-                     "test": ["Test_1"], "testimonials": ["testimonials"], "device": ["device"]}
+    assert found == {
+        "train": ["train-00000-of-00002", "train-00001-of-00002"],
+        "validation": ["dev"],
+        "test": ["Test_1"],
+        "testimonials": ["testimonials"],
+        "device": ["device"],
+    }
 
 
-@pytest.mark.parametrize(("stem", "split"), [
-    ("valid", "validation"), ("val", "validation"), ("validation", "validation"), ("dev2", "validation"),
-    ("training", "train"), ("testing", "test"),
-])
+@pytest.mark.parametrize(
+    ("stem", "split"),
+    [
+        ("valid", "validation"),
+        ("val", "validation"),
+        ("validation", "validation"),
+        ("dev2", "validation"),
+        ("training", "train"),
+        ("testing", "test"),
+    ],
+)
 def test_aliases_of_the_splits(stem, split, tmp_path):
     (tmp_path / f"{stem}.txt").write_text("x")
     assert list(splits(parse(str(tmp_path)))) == [split]
@@ -179,11 +207,21 @@ def test_reading_leaves_the_library_as_it_was_and_says_nothing(tmp_path, capfd):
 
 
 BROKEN = {
-    "bad.parquet": b"PAR1 nonsense", "empty.parquet": b"", "bad.jsonl": b'{"text": "a"}\n{"text": \n',
-    "empty.jsonl": b"", "blank.jsonl": b"\n\n", "scalar.json": b"3", "latin.jsonl": b'{"text": "caf\xe9"}\n',
-    "list.json": b'{"text": ["a", "b"]}', "drift.jsonl": b'{"text": "a"}\n{"text": 3}\n',
-    "missing.jsonl": b'{"text": "a"}\n{"text": null}\n', "empty.csv": b"", "header.csv": b"text,b\n",
-    "bad.csv": b'text,b\n"a,1\n2,3,4,5\n', "latin.csv": b"text\ncaf\xe9\n", "numbers.csv": b"text\n1\n2\n",
+    "bad.parquet": b"PAR1 nonsense",
+    "empty.parquet": b"",
+    "bad.jsonl": b'{"text": "a"}\n{"text": \n',
+    "empty.jsonl": b"",
+    "blank.jsonl": b"\n\n",
+    "scalar.json": b"3",
+    "latin.jsonl": b'{"text": "caf\xe9"}\n',
+    "list.json": b'{"text": ["a", "b"]}',
+    "drift.jsonl": b'{"text": "a"}\n{"text": 3}\n',
+    "missing.jsonl": b'{"text": "a"}\n{"text": null}\n',
+    "empty.csv": b"",
+    "header.csv": b"text,b\n",
+    "bad.csv": b'text,b\n"a,1\n2,3,4,5\n',
+    "latin.csv": b"text\ncaf\xe9\n",
+    "numbers.csv": b"text\n1\n2\n",
     "latin.txt": b"caf\xe9",
 }
 
@@ -227,25 +265,31 @@ def test_files_of_one_split_with_other_columns(tmp_path):
 # ---------------------------------------------------------------- columns
 
 
-@pytest.mark.parametrize(("columns", "wanted", "found"), [
-    ({"summary": "s", "document": "d"}, None, "d"),
-    ({"content": "c", "text": "t"}, None, "t"),
-    ({"article": "a", "highlights": "h", "id": "i"}, None, "a"),
-    ({"prose": "p", "label": 1}, None, "p"),
-    ({"text": "t", "other": "o"}, "other", "o"),
-])
+@pytest.mark.parametrize(
+    ("columns", "wanted", "found"),
+    [
+        ({"summary": "s", "document": "d"}, None, "d"),
+        ({"content": "c", "text": "t"}, None, "t"),
+        ({"article": "a", "highlights": "h", "id": "i"}, None, "a"),
+        ({"prose": "p", "label": 1}, None, "p"),
+        ({"text": "t", "other": "o"}, "other", "o"),
+    ],
+)
 def test_the_text_column(columns, wanted, found, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(columns) + "\n")
     assert rows_of(tmp_path / "a.jsonl", column=wanted) == [found]
 
 
-@pytest.mark.parametrize(("columns", "wanted", "said"), [
-    ({"one": "a", "two": "b", "label": 1}, None, "one, two, label"),
-    ({"label": 1}, None, "label"),
-    ({"text": "t", "label": 1}, "txet", "text, label"),
-    ({"text": "t", "label": 1}, "label", "text"),
-    ({"text": 3, "prose": "p"}, None, "prose"),
-])
+@pytest.mark.parametrize(
+    ("columns", "wanted", "said"),
+    [
+        ({"one": "a", "two": "b", "label": 1}, None, "one, two, label"),
+        ({"label": 1}, None, "label"),
+        ({"text": "t", "label": 1}, "txet", "text, label"),
+        ({"text": "t", "label": 1}, "label", "text"),
+        ({"text": 3, "prose": "p"}, None, "prose"),
+    ],
+)
 def test_a_wrong_column_is_one_line_with_the_columns(columns, wanted, said, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(columns) + "\n")
     with pytest.raises(UserError) as error:
@@ -303,8 +347,14 @@ def test_offline_the_cache_is_used_and_what_it_lacks_is_one_line(hub_cache):
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE"):
         environment.pop(name, None)
     specs = ["someone/reviews", "someone/reviews:plain", "someone/reviews:other", "someone/nothing", "imdb"]
-    ran = subprocess.run([sys.executable, "-c", OFFLINE, *specs], env=environment, capture_output=True, text=True,
-                         cwd=Path(__file__).parent.parent, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", OFFLINE, *specs],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=True,
+    )
     lines = ran.stdout.splitlines()
     rows = "{'train': ['train 0', 'train 1'], 'validation': ['valid 0', 'valid 1']}"
     assert lines[:2] == [rows, rows]
@@ -315,10 +365,16 @@ def test_offline_the_cache_is_used_and_what_it_lacks_is_one_line(hub_cache):
     assert "plain" in lines[2]  # the configuration that is there
 
 
-@pytest.mark.parametrize("error", [
-    ConnectionError("no way"), datasets.exceptions.DatasetNotFoundError("gone"), ValueError("Unknown\nconfig"),
-    RuntimeError("Dataset scripts are no longer supported"), FileNotFoundError("nothing"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("no way"),
+        datasets.exceptions.DatasetNotFoundError("gone"),
+        ValueError("Unknown\nconfig"),
+        RuntimeError("Dataset scripts are no longer supported"),
+        FileNotFoundError("nothing"),
+    ],
+)
 def test_what_the_hub_refuses_is_one_line(error, monkeypatch):
     def refuse(*_):
         raise error

@@ -46,21 +46,51 @@ def byte_level():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([messy(1, 40_000)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
     tokenizer.enable_truncation(8)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, bos_token="<|endoftext|>",
-                                   eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=16, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
 
 
 def messy(seed: int, length: int) -> str:
     """Words, contractions, digits, runs of every sort of blank: what GPT-2's pre-tokeniser treats specially."""
     dice = random.Random(seed)
-    atoms = ["the ", "cat", " it's", "'ll ", "42", " 7", "\n", "\n\n", " \n", "\n ", "  ", "   ", "\t", "\r\n",
-             "\u00a0", "\u2028", "\x1c", "!?", " ...", "caf\u00e9", "\u4e2d\u6587", "<|endoftext|>", "x" * 9, " ="]
+    atoms = [
+        "the ",
+        "cat",
+        " it's",
+        "'ll ",
+        "42",
+        " 7",
+        "\n",
+        "\n\n",
+        " \n",
+        "\n ",
+        "  ",
+        "   ",
+        "\t",
+        "\r\n",
+        "\u00a0",
+        "\u2028",
+        "\x1c",
+        "!?",
+        " ...",
+        "caf\u00e9",
+        "\u4e2d\u6587",
+        "<|endoftext|>",
+        "x" * 9,
+        " =",
+    ]
     return "".join(dice.choice(atoms) for _ in range(length))
 
 
@@ -78,14 +108,17 @@ def placed(blocks: TokenBlocks) -> list[range]:
 # ---------------------------------------------------------------- in order
 
 
-@pytest.mark.parametrize(("count", "context", "max_tokens", "runs"), [
-    (100, 10, 30, [(0, 10), (10, 20), (20, 30)]),
-    (100, 10, 25, [(0, 10), (10, 20), (20, 25)]),
-    (100, 10, 4, [(0, 4)]),
-    (25, 10, None, [(0, 10), (10, 20), (20, 25)]),
-    (25, 10, 1000, [(0, 10), (10, 20), (20, 25)]),
-    (10, 10, None, [(0, 10)]),
-])
+@pytest.mark.parametrize(
+    ("count", "context", "max_tokens", "runs"),
+    [
+        (100, 10, 30, [(0, 10), (10, 20), (20, 30)]),
+        (100, 10, 25, [(0, 10), (10, 20), (20, 25)]),
+        (100, 10, 4, [(0, 4)]),
+        (25, 10, None, [(0, 10), (10, 20), (20, 25)]),
+        (25, 10, 1000, [(0, 10), (10, 20), (20, 25)]),
+        (10, 10, None, [(0, 10)]),
+    ],
+)
 def test_the_first_tokens_in_order(count, context, max_tokens, runs, counter):
     blocks = token_blocks(counting(count), counter, context=context, max_tokens=max_tokens, seed=0, evenly=False)
     assert placed(blocks) == [range(*run) for run in runs]
@@ -98,10 +131,24 @@ def test_the_first_tokens_in_order(count, context, max_tokens, runs, counter):
 # ---------------------------------------------------------------- evenly
 
 
-@pytest.mark.parametrize(("count", "context", "max_tokens"), [
-    (1000, 10, 100), (1000, 10, 95), (1000, 10, 999), (1000, 10, 1000), (1000, 10, 5000), (1000, 10, None),
-    (1000, 512, 1000), (1000, 10, 3), (1000, 7, 1), (10, 10, 10), (101, 10, 100), (101, 10, 101), (30_011, 64, 4000),
-])
+@pytest.mark.parametrize(
+    ("count", "context", "max_tokens"),
+    [
+        (1000, 10, 100),
+        (1000, 10, 95),
+        (1000, 10, 999),
+        (1000, 10, 1000),
+        (1000, 10, 5000),
+        (1000, 10, None),
+        (1000, 512, 1000),
+        (1000, 10, 3),
+        (1000, 7, 1),
+        (10, 10, 10),
+        (101, 10, 100),
+        (101, 10, 101),
+        (30_011, 64, 4000),
+    ],
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_evenly_drawn_blocks(count, context, max_tokens, seed, counter):
     blocks = token_blocks(counting(count), counter, context=context, max_tokens=max_tokens, seed=seed, evenly=True)
@@ -128,8 +175,10 @@ def test_the_seed_decides_and_nothing_else(counter):
 
 def test_every_place_can_be_drawn(counter):
     # one block of one token out of five: each place comes up
-    places = [placed(token_blocks(counting(5), counter, context=1, max_tokens=1, seed=seed, evenly=True))[0].start
-              for seed in range(300)]
+    places = [
+        placed(token_blocks(counting(5), counter, context=1, max_tokens=1, seed=seed, evenly=True))[0].start
+        for seed in range(300)
+    ]
     counts = np.bincount(places, minlength=5)
     assert len(counts) == 5 and counts.min() > 30
 
@@ -158,8 +207,9 @@ def test_batches(per_batch, sizes, counter):
 def test_less_than_a_block_is_one_line(evenly, max_tokens, counter):
     with pytest.raises(UserError) as error:
         token_blocks(counting(37), counter, context=512, max_tokens=max_tokens, seed=0, evenly=evenly)
-    assert str(error.value) == ("the calibration part of here.txt has 37 tokens, one block needs 512; "
-                                "give more text or a smaller context")
+    assert str(error.value) == (
+        "the calibration part of here.txt has 37 tokens, one block needs 512; give more text or a smaller context"
+    )
 
 
 @pytest.mark.parametrize(("context", "max_tokens"), [(0, None), (10, 0), (10, -1)])
@@ -257,8 +307,11 @@ def test_more_pieces_are_drawn_until_the_tokens_suffice(max_tokens, counter, mon
 @needs_real_data
 def test_real_text_with_a_real_tokeniser():
     tokenizer = AutoTokenizer.from_pretrained(Path(REAL) / "reference" / "gpt2-reviews")
-    for name, part in (("wikitext-2/validation.txt", "calibration"), ("imdb/unlabelled.parquet", "calibration"),
-                       ("imdb", "selection")):
+    for name, part in (
+        ("wikitext-2/validation.txt", "calibration"),
+        ("imdb/unlabelled.parquet", "calibration"),
+        ("imdb", "selection"),
+    ):
         piece = text(str(Path(REAL) / "data" / name), part)
         blocks = token_blocks(piece, tokenizer, context=512, max_tokens=4000, seed=0, evenly=False)
         assert counted(blocks) == whole(piece.joined, tokenizer)[:4000]

@@ -1,6 +1,6 @@
 """How much each layer matters: test perplexity when the FFN of one layer is left out.
 
-    python -m compressor.demo.ablation [MODEL_DIR] [--tokens 32768]
+python -m compressor.demo.ablation [MODEL_DIR] [--tokens 32768]
 """
 
 from __future__ import annotations

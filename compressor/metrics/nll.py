@@ -38,8 +38,10 @@ def hidden_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tenso
     """
     head = model.get_output_embeddings()
     rows = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
-    slices = [nn.functional.cross_entropy(head(states).float(), wanted, reduction="none")
-              for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)]
+    slices = [
+        nn.functional.cross_entropy(head(states).float(), wanted, reduction="none")
+        for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
     return torch.cat(slices).cpu().double()  # on the CPU: not every accelerator has float64
 
 
@@ -95,28 +97,37 @@ def rolling_spans(length: int, context: int) -> list[Span]:
     return spans
 
 
-def text_nll(model: PreTrainedModel, sequences: Sequence[Tensor], spans: Sequence[Sequence[Span]], *,
-             batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None) -> Tensor:
+def text_nll(
+    model: PreTrainedModel,
+    sequences: Sequence[Tensor],
+    spans: Sequence[Sequence[Span]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> Tensor:
     """NLL in nats of every scored token, float64[scored] in the order of the text.
 
     sequences: int64[length] each; spans: those of each sequence. Windows of like length run together.
     """
     device = next(model.parameters()).device
-    work = [(sequence[span.start:span.stop + 1], span) for sequence, own in zip(sequences, spans, strict=True)
-            for span in own]
+    work = [
+        (sequence[span.start : span.stop + 1], span)
+        for sequence, own in zip(sequences, spans, strict=True)
+        for span in own
+    ]
     order = sorted(range(len(work)), key=lambda index: len(work[index][0]), reverse=True)
     results: list[Tensor] = [torch.empty(0)] * len(work)
     done = 0
     while done < len(order):
         width = len(work[order[done]][0])
-        batch = order[done:done + max(1, batch_tokens // width)]
+        batch = order[done : done + max(1, batch_tokens // width)]
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
         mask, scored = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
         for row, index in enumerate(batch):
             window, span = work[index]
-            ids[row, :len(window)] = window
-            mask[row, :len(window)] = True
-            scored[row, span.first - span.start:len(window)] = True
+            ids[row, : len(window)] = window
+            mask[row, : len(window)] = True
+            scored[row, span.first - span.start : len(window)] = True
         nll = token_nll(model, ids.to(device), mask.to(device), scored=scored.to(device))
         for row, index in enumerate(batch):
             results[index] = nll[row][scored[row, 1:]]

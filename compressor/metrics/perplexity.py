@@ -24,16 +24,20 @@ SETTINGS = frozenset({"protocol", "context", "stride", "max_tokens", "batch_toke
 
 def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        raise UserError(f"{name}={value!r} is not allowed; allowed: whole numbers from {low}"
-                        + (f" to {high}" if high is not None else ""))
+        raise UserError(
+            f"{name}={value!r} is not allowed; allowed: whole numbers from {low}"
+            + (f" to {high}" if high is not None else "")
+        )
     return value
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, vocabulary: int, text: str) -> Tensor:
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.int64)
     if len(ids) and int(ids.max()) >= vocabulary:
-        raise UserError(f"the tokenizer gives token {int(ids.max())}, the model's vocabulary ends at {vocabulary - 1}: "
-                        "they do not belong together")
+        raise UserError(
+            f"the tokenizer gives token {int(ids.max())}, the model's vocabulary ends at {vocabulary - 1}: "
+            "they do not belong together"
+        )
     return ids
 
 
@@ -54,9 +58,18 @@ def _lm_eval_words(document: str) -> int:
     return len(re.split(r"\s+", document))
 
 
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, *, protocol: str = "strided",
-               context: int | None = None, stride: int | None = None, max_tokens: int | None = None,
-               batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None) -> list[MetricResult]:
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    *,
+    protocol: str = "strided",
+    context: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> list[MetricResult]:
     """Token perplexity and word perplexity of `text` under one protocol.
 
     strided: the joined text, windows of `context` (default n_positions) advancing by `stride` (default half of it);
@@ -87,8 +100,9 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     documents, count_words = [text.joined], _words
     if rolling:
         documents, count_words = articles(text.documents) if from_wikitext else list(text.documents), _lm_eval_words
-    sequences, words = _first_tokens(tokenizer, model.config.vocab_size, documents, max_tokens, detokenised,
-                                     count_words)
+    sequences, words = _first_tokens(
+        tokenizer, model.config.vocab_size, documents, max_tokens, detokenised, count_words
+    )
     tokens = sum(map(len, sequences))
     if tokens < 2:
         raise UserError(f"{text.source} has {tokens} tokens of text; perplexity needs 2 or more")
@@ -100,25 +114,43 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
         spans = [strided_spans(len(ids), context, stride) for ids in sequences]
     nll = text_nll(model, sequences, spans, batch_tokens=batch_tokens, progress=progress)
 
-    settings = {"protocol": protocol, "context": context, "stride": stride, "max_tokens": max_tokens,
-                "joiner": None if rolling or len(text.documents) == 1 else JOINER, "detokenised": detokenised,
-                "documents": len(sequences), "tokens": tokens, "words": words, "source": text.source,
-                "part": text.part, "split": text.split, "fingerprint": text.fingerprint}
+    settings = {
+        "protocol": protocol,
+        "context": context,
+        "stride": stride,
+        "max_tokens": max_tokens,
+        "joiner": None if rolling or len(text.documents) == 1 else JOINER,
+        "detokenised": detokenised,
+        "documents": len(sequences),
+        "tokens": tokens,
+        "words": words,
+        "source": text.source,
+        "part": text.part,
+        "split": text.split,
+        "fingerprint": text.fingerprint,
+    }
     error = standard_error(nll, context)
-    return [_result("perplexity", "per token", nll, len(nll), context, error, settings),
-            _result("word_perplexity", "per word", nll, words, context, error, settings)]
+    return [
+        _result("perplexity", "per token", nll, len(nll), context, error, settings),
+        _result("word_perplexity", "per word", nll, words, context, error, settings),
+    ]
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int, documents: Sequence[str],
-                  max_tokens: int | None, detokenised: bool, count_words: Callable[[str], int],
-                  ) -> tuple[list[Tensor], int]:
+def _first_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    documents: Sequence[str],
+    max_tokens: int | None,
+    detokenised: bool,
+    count_words: Callable[[str], int],
+) -> tuple[list[Tensor], int]:
     """The token ids of the documents up to `max_tokens` in all, and the number of words of the documents as given."""
     sequences: list[Tensor] = []
     words, left = 0, math.inf if max_tokens is None else max_tokens
     for document in documents:
         ids = _encode(tokenizer, vocabulary, detokenise(document) if detokenised else document)
         if len(ids) > left:
-            ids = ids[:int(left)]
+            ids = ids[: int(left)]
             words += words_begun(document, str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)))
         else:
             words += count_words(document) if len(ids) else 0
@@ -130,18 +162,23 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int, documents
     return sequences, words
 
 
-def _result(metric: str, unit: str, nll: Tensor, units: int, block: int, error: float | None,
-            settings: dict[str, Any]) -> MetricResult:
+def _result(
+    metric: str, unit: str, nll: Tensor, units: int, block: int, error: float | None, settings: dict[str, Any]
+) -> MetricResult:
     """exp(sum / units), with the standard error carried through the exponential."""
     mean = float(nll.sum()) / max(1, units)
     value = math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan  # NaN answers both with no
-    spread = None if error is None or not math.isfinite(value) else {
-        "standard_error": value * error * len(nll) / max(1, units),
-        "method": f"delta method on the mean over blocks of {block} tokens"}
+    spread = (
+        None
+        if error is None or not math.isfinite(value)
+        else {
+            "standard_error": value * error * len(nll) / max(1, units),
+            "method": f"delta method on the mean over blocks of {block} tokens",
+        }
+    )
     return MetricResult(metric, value, unit, False, len(nll), spread, settings)
 
 
-def measure(subject: OpenModel, data: Text, *, progress: Progress | None = None,
-            **settings: Any) -> list[MetricResult]:
+def measure(subject: OpenModel, data: Text, *, progress: Progress | None = None, **settings: Any) -> list[MetricResult]:
     """`perplexity` as an entry of METRICS."""
     return perplexity(subject.model, subject.tokenizer, data, progress=progress, **settings)

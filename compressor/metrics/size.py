@@ -78,13 +78,15 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
     context = config.n_positions if context is None else context
     d, ff = config.n_embd, d_ff(config)
     layer = 8 * d * d + 4 * d * ff + 2 * context * d
-    deltas = sum(len(group["layers"]) * 4 * group["rank"] * (d + ff)
-                 for group in getattr(config, "ffn_groups", None) or [])
+    deltas = sum(
+        len(group["layers"]) * 4 * group["rank"] * (d + ff) for group in getattr(config, "ffn_groups", None) or []
+    )
     return config.n_layer * layer + deltas + 2 * d * config.vocab_size
 
 
-def measure(subject: OpenModel, data: None = None, *, progress: Progress | None = None,
-            context: int | None = None) -> list[MetricResult]:
+def measure(
+    subject: OpenModel, data: None = None, *, progress: Progress | None = None, context: int | None = None
+) -> list[MetricResult]:
     """Parameters, bytes of the weight files and FLOPs per token at `context` (default n_positions)."""
     model = subject.model
     context = model.config.n_positions if context is None else context
@@ -92,13 +94,40 @@ def measure(subject: OpenModel, data: None = None, *, progress: Progress | None 
         raise UserError(f"context={context!r} is not allowed; allowed: whole numbers from 1")
     total = parameters(model)
     return [
-        MetricResult("parameters", total, "parameters", False, len(_memories(model.parameters())), None,
-                     {"protocol": "unique storages", "embeddings": embedding_parameters(model),
-                      "embedding_share": embedding_share(model), "non_zero": non_zero(model)}),
-        MetricResult("bytes", weight_bytes(subject.folder), "bytes", False,
-                     len(weight_files(subject.name, subject.folder)), None,
-                     {"protocol": "weight files", "of_parameters": predicted_bytes(total, subject.stored_dtype),
-                      "dtype": str(subject.stored_dtype).removeprefix("torch.")}),
-        MetricResult("flops_per_token", flops_per_token(model, context), "operations per token", False,
-                     model.config.n_layer, None, {"protocol": "forward pass, a multiply-add is 2", "context": context}),
+        MetricResult(
+            "parameters",
+            total,
+            "parameters",
+            False,
+            len(_memories(model.parameters())),
+            None,
+            {
+                "protocol": "unique storages",
+                "embeddings": embedding_parameters(model),
+                "embedding_share": embedding_share(model),
+                "non_zero": non_zero(model),
+            },
+        ),
+        MetricResult(
+            "bytes",
+            weight_bytes(subject.folder),
+            "bytes",
+            False,
+            len(weight_files(subject.name, subject.folder)),
+            None,
+            {
+                "protocol": "weight files",
+                "of_parameters": predicted_bytes(total, subject.stored_dtype),
+                "dtype": str(subject.stored_dtype).removeprefix("torch."),
+            },
+        ),
+        MetricResult(
+            "flops_per_token",
+            flops_per_token(model, context),
+            "operations per token",
+            False,
+            model.config.n_layer,
+            None,
+            {"protocol": "forward pass, a multiply-add is 2", "context": context},
+        ),
     ]

@@ -1,8 +1,8 @@
 """compressed_n: a window of n whole blocks becomes one block; the result is plain GPT-2 with fewer layers.
 
 Source: code_n_all of chetaniitbhilai (collapse=mean, its attention the anchor's). "laco": LaCo, arXiv 2402.11187.
-"fit" is ours: one averaged block adds about 1/n of what n residual blocks add, so the anchor's block is kept and its two
-output projections, in which the block is linear, are refitted to what the whole window really adds.
+"fit" is ours: one averaged block adds about 1/n of what n residual blocks add, so the anchor's block is kept and its
+two output projections, in which the block is linear, are refitted to what the whole window really adds.
 """
 
 from __future__ import annotations

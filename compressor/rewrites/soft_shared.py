@@ -2,7 +2,7 @@
 
 Source: the soft-shared notebook of chetaniitbhilai (RANK=8, WINDOW_K=4, LAMBDA=1e-4), whose deltas began as A = B = 0
 and so never trained; here they are fitted in closed form. Whitened truncation: SVD-LLM, arXiv 2403.07378; alignment:
-Verma, Murray & Duh, arXiv 2501.06126; shared base with per-layer deltas: Relaxed Recursive Transformers, arXiv 2410.20672.
+Verma, Murray & Duh, arXiv 2501.06126; shared base with per-layer deltas: Relaxed Recursive Transformers, 2410.20672.
 """
 
 from __future__ import annotations
