@@ -9,6 +9,7 @@ on the selection text and are then measured, like all others, on the test text.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--only", help="rows whose rewrite has this name")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
 
@@ -92,7 +94,13 @@ def main() -> None:
     size = parameters(opened.model)
     lines = [f"| original | | | {size:,} | {base:.2f} | 1.000 |"]
 
+    done: dict[str, str] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+
     def add(record: dict[str, Any], use_aligned: bool | None, note: str = "") -> None:
+        key = json.dumps([record, use_aligned, options.max_tokens, options.context])
+        if key in done:
+            lines.append(done[key])
+            return
         model = make(record, aligned if use_aligned is not False else unaligned)
         value = score(model, "test", options.max_tokens)
         knobs = ", ".join(f"{key}={setting}" for key, setting in record.items() if key != "rewrite") + note
@@ -101,6 +109,9 @@ def main() -> None:
             f"| {record['rewrite']} | {knobs} | {word} | {parameters(model):,} | {value:.2f} | {value / base:.3f} |"
         )
         tqdm.write(lines[-1], file=sys.stderr)
+        done[key] = lines[-1]
+        if options.state:
+            options.state.write_text(json.dumps(done))
 
     chosen = [row for row in records() if options.only in (None, row[0]["rewrite"])]
     for record, use_aligned in tqdm(chosen, desc="rewrites"):

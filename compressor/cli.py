@@ -35,12 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"gpt2-compress: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("gpt2-compress: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python complain when it flushes
         return 0
+    except OSError as error:  # a folder that may not be read, a name that is too long: the machine's, not a bug
+        print(f"gpt2-compress: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gpt2-compress: interrupted", file=sys.stderr)
+        return 130
     return code
 
 

@@ -98,9 +98,8 @@ def _twins(rewrites: Sequence[Rewrite], base: GPT2Config, result: GPT2Config) ->
 
 def inspect(path: str) -> dict[str, Any]:
     """What a model is; of a run folder also its alignment. A run without a rewritten model shows its base model."""
-    aligned = run_folder.alignment_of(path)
-    made_here = run_folder.steps(path)
-    found = models.find(aligned[1]["base_model"] if aligned and not made_here else path)
+    aligned = run_folder.aligned(path) if run_folder.is_run(path) else None
+    found = models.find(aligned.base_model if aligned and not run_folder.steps(path) else path)
     config = found.config
     count = parameters(models.build(config))
     report = run_folder.made(found)
@@ -127,6 +126,6 @@ def inspect(path: str) -> dict[str, Any]:
     if aligned:
         body["alignment"] = [
             {"anchor": item.anchor, "layer": item.layer, **dataclasses.asdict(item.quality)}
-            for item in aligned[0].solved
+            for item in aligned.alignments.solved
         ]
     return body

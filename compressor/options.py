@@ -128,7 +128,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         "export", "fold to dense plain GPT-2, for llama.cpp, vLLM, ONNX", "export runs/mine --dense my-gpt2-dense"
     )
     export.add_argument("path", metavar="PATH", help=_MODEL)
-    export.add_argument("--dense", required=True, metavar="OUT", type=Path, help="the folder to write")
+    export.add_argument("--dense", required=True, metavar="OUT", type=_folder, help="the folder to write")
     demo = command(
         "demo",
         "the whole pipeline on the embedded model, offline",
@@ -137,7 +137,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         keys=True,
     )
     demo.add_argument("--recipe", default="soft_shared", metavar="RECIPE", help="default: soft_shared")
-    demo.add_argument("--run", type=Path, metavar="DIR", default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--run", type=_folder, metavar="DIR", default=Path("runs/demo"), help="default: runs/demo")
     return parser, commands
 
 
@@ -157,6 +157,12 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is no seed; allowed: whole numbers from 0 to 2^63 - 1")
     return int(text)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder")
+    return Path(text)
 
 
 def _tokens(text: str) -> int:
@@ -194,7 +200,7 @@ def _align(command: Command) -> None:
     )
     align.add_argument("--model", required=True, metavar="M", help=_MODEL)
     align.add_argument("--data", default="demo", metavar="D", help=_DATA)
-    align.add_argument("--run", required=True, metavar="DIR", type=Path, help="the run folder to write into")
+    align.add_argument("--run", required=True, metavar="DIR", type=_folder, help="the run folder to write into")
     align.add_argument("--max-tokens", type=_tokens, default=4000, metavar="N", help="calibration tokens: 4000")
     align.add_argument("--site", choices=("pre", "post"), default="pre", help="before or after the activation function")
     align.add_argument("--method", choices=("activation", "weight", "none"), default="activation")
@@ -222,7 +228,7 @@ def _rewrite(command: Command) -> None:
         "rewrite --run runs/mine --rewrite compressed_n --start 4 n=4 collapse=fit",
         keys=True,
     )
-    rewrite.add_argument("--run", required=True, metavar="DIR", type=Path, help="a run folder that `align` made")
+    rewrite.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `align` made")
     rewrite.add_argument("--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n")
     rewrite.add_argument(
         "--start", type=int, metavar="S", help="first layer of the window (default: the middle window)"
@@ -237,7 +243,7 @@ def _benchmark(command: Command) -> None:
         "benchmark runs/mine --out bench --suite quick --data perplexity=my.txt",
     )
     bench.add_argument("models", nargs="+", metavar="MODEL", help=f"{_MODEL}; a run folder gives all of its models")
-    bench.add_argument("--out", required=True, metavar="DIR", type=Path, help="where the report goes")
+    bench.add_argument("--out", required=True, metavar="DIR", type=_folder, help="where the report goes")
     chosen = bench.add_mutually_exclusive_group()
     chosen.add_argument("--metrics", metavar="A,B,C", help="default: perplexity,size")
     chosen.add_argument("--suite", metavar="NAME", help="quick, full, or a .yaml file")

@@ -125,21 +125,22 @@ def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[st
     target = run / "rewritten"
     if target.exists() and not session.force:
         raise UserError(f"{target} exists already; give another --run, or --force to replace it")
-    solved, origin = alignment.load(run)
-    config = models.find(origin["base_model"]).config
+    aligned = run_folder.aligned(run)
+    solved = aligned.alignments
+    config = models.find(aligned.base_model).config
     check(rewrites, config)
     resolved = [item.resolved(config) for item in rewrites]
     for given, item in zip(rewrites, resolved, strict=True):
         if getattr(given, "start", 0) is None and getattr(item, "start", None) is not None:
             session.notice(f"{item.name}: no --start given; taking the middle window, from layer {item.start}")  # type: ignore[attr-defined]
-    base = session.open(origin["base_model"])
-    if base.hash != origin["base_hash"]:
+    base = session.open(aligned.base_model)
+    if base.hash != aligned.base_hash:
         raise UserError(
             f"the alignment in {run} is of another model than {base.name} is now (its weights differ); "
             "make it anew with `gpt2-compress align --force`"
         )
-    facts = origin["data"]["calibration"]
-    calibration = _calibration(base, facts, origin["seed"])
+    facts = aligned.calibration
+    calibration = _calibration(base, facts, aligned.seed)
     with session.bar("rewrite") as bar:
         model = apply(
             resolved,
@@ -287,6 +288,11 @@ def run_benchmark(
     if (out / "report.json").exists() and not session.force:
         raise UserError(f"{out} has a report already; give another --out, or --force to replace it")
     chosen = benchmark.check_metrics(metrics)
+    for metric in sources:
+        if metric and (metric not in dict(chosen) or not benchmark.METRICS[metric].needs_data):
+            raise UserError(
+                f"data for {metric!r}, which is not measured here or needs none; measured: {_names(chosen)}"
+            )
     rows = run_folder.rows(names)
     found = {row: models.find(model) for row, model in rows.items()}  # every mistake before the first figure
     texts: dict[str, data.Text] = {}
@@ -305,6 +311,10 @@ def run_benchmark(
     with artifacts.new_files(out) as folder:
         report.write(folder, result)
     return result
+
+
+def _names(chosen: Sequence[tuple[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(name for name, _ in chosen))
 
 
 def _text(metric: str, names: Sequence[str], sources: Mapping[str, str], columns: Columns) -> data.Text:

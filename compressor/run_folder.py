@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import alignment, data, models, verify
+from . import alignment, data, fields, models, verify
 from .alignment import Alignments
 from .checkpoint import Checkpoint, structure_hash
 from .errors import UserError
@@ -21,9 +22,47 @@ def is_run(path: str | Path) -> bool:
     return (folder / "alignment.json").is_file() and not (folder / "config.json").is_file()
 
 
-def alignment_of(path: str | Path) -> tuple[Alignments, dict[str, Any]] | None:
-    """The alignment of a run folder and its provenance; None for anything else."""
-    return alignment.load(Path(path).expanduser()) if is_run(path) else None
+@dataclass(frozen=True)
+class Aligned:
+    """The alignment of a run folder, and what a later step must know of how it was made."""
+
+    alignments: Alignments
+    base_model: str
+    base_hash: str
+    seed: int
+    calibration: dict[
+        str, Any
+    ]  # what data.describe gives; "specs": a recipe's data, "named": each part as it was given
+
+
+_FACTS = {  # of the calibration text: key -> type
+    "specs": str | dict,
+    "named": dict,
+    "fingerprint": str,
+    "origins": list,
+    "text_column": str | None,
+    "split_given": str | None,
+}
+
+
+def aligned(path: str | Path) -> Aligned:
+    """The alignment of a run folder. Raises UserError when there is none or it is damaged."""
+    folder = Path(path).expanduser()
+    alignments, origin = alignment.load(folder)
+    try:
+        facts = origin["data"]["calibration"]
+        for key, kind in _FACTS.items():
+            fields.typed("calibration", key, facts[key], kind)
+        for row in alignments.solved:
+            for key, value in dataclasses.asdict(row.quality).items():
+                fields.typed("quality", key, value, float)
+        for key, kind in {"base_model": str, "base_hash": str, "seed": int}.items():
+            fields.typed("provenance", key, origin[key], kind)
+        return Aligned(alignments, origin["base_model"], origin["base_hash"], origin["seed"], facts)
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(
+            f"{folder / 'alignment.json'} is damaged ({error}); make it anew with `gpt2-compress align --force`"
+        ) from error
 
 
 def steps(path: str | Path) -> dict[str, Path]:
@@ -56,11 +95,10 @@ def rows(names: Sequence[str]) -> dict[str, str]:
             add(name, name)
             continue
         folder = Path(name).expanduser()
-        _, origin = alignment.load(folder)
+        base = aligned(folder).base_model
         made_here = steps(folder)
         if not made_here:
             raise UserError(f"{name} has no rewritten model yet; `gpt2-compress rewrite --run {name}` makes one")
-        base = origin["base_model"]
         if models.locate(base).resolve() not in places:
             add("original" if len(names) == 1 else base, base)
         short = folder.resolve().name
@@ -74,12 +112,11 @@ def test_text(metric: str, names: Sequence[str], text_column: str | None, split:
     """The test part of the data that the first run among `names` was made with, or the demo's for the demo."""
     run = next((name for name in names if is_run(name)), None)
     if run is not None:
-        _, origin = alignment.load(Path(run).expanduser())
-        facts = origin["data"]["calibration"]
+        facts = aligned(run).calibration
         text = data.recipe_text(
             facts["specs"], "test", text_column=text_column or facts["text_column"], split=split or facts["split_given"]
         )
-        return dataclasses.replace(text, source=facts["named"]["test"])
+        return dataclasses.replace(text, source=str(facts["named"].get("test")))
     if all(name == "demo" for name in names):
         return data.text("demo", "test")
     raise UserError(f"metric {metric!r} needs data; give --data D or --data {metric}=D")
