@@ -154,7 +154,7 @@ def read_config(name: str, folder: Path) -> GPT2Config:
         raise UserError(f"{name} has a per_layer_config; only a GPT-2 whose layers are all alike can be compressed")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:  # a wrong type in a known field
+    except (ValueError, TypeError, AttributeError, OSError, StrictDataclassError) as error:  # wrong types and words
         raise UserError(
             f"{name}: config.json is not a valid GPT-2 configuration ({' '.join(str(error).split())})"
         ) from error
@@ -167,12 +167,17 @@ def _check_config(name: str, config: GPT2Config) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise UserError(f"{name}: config.json has {key} {value}; allowed: 1 or more")
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if not 0 <= getattr(config, key) <= 1:
+            raise UserError(f"{name}: config.json has {key} {getattr(config, key)}; allowed: 0 to 1")
     if config.n_embd % config.n_head:
         raise UserError(f"{name}: config.json has n_embd {config.n_embd}, which n_head {config.n_head} does not divide")
     if config.activation_function not in ACT2FN:
         raise UserError(f"{name}: config.json has the unknown activation_function {config.activation_function!r}")
     records = getattr(config, "compression", None) or []
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+    if not isinstance(records, list) or not all(
+        isinstance(record, dict) and isinstance(record.get("rewrite"), str) for record in records
+    ):
         raise UserError(f"{name}: config.json has compression {records!r}; allowed: a list of rewrites")
     if isinstance(config, GPT2CompressedConfig):
         for index, entry in enumerate(config.ffn_groups or []):

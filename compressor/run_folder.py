@@ -35,7 +35,7 @@ class Aligned:
     ]  # what data.describe gives; "specs": a recipe's data, "named": each part as it was given
 
 
-_FACTS = {  # of the calibration text: key -> type
+_FACTS: dict[str, Any] = {  # of the calibration text: key -> type
     "specs": str | dict,
     "named": dict,
     "fingerprint": str,
@@ -56,8 +56,8 @@ def aligned(path: str | Path) -> Aligned:
         for row in alignments.solved:
             for key, value in dataclasses.asdict(row.quality).items():
                 fields.typed("quality", key, value, float)
-        for key, kind in {"base_model": str, "base_hash": str, "seed": int}.items():
-            fields.typed("provenance", key, origin[key], kind)
+        for key, wanted in {"base_model": str, "base_hash": str, "seed": int}.items():
+            fields.typed("provenance", key, origin[key], wanted)
         return Aligned(alignments, origin["base_model"], origin["base_hash"], origin["seed"], facts)
     except (KeyError, TypeError, UserError) as error:
         raise UserError(

@@ -80,6 +80,9 @@ def test_the_figures_of_a_checkpoint(tiny_folder, tiny_model):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
         ({"per_layer_config": {"1": {"n_inner": 24}}}, "per_layer_config"),
         ({"tie_word_embeddings": False}, "the weight files lack lm_head.weight"),
+        ({"attn_pdrop": -1.0}, "attn_pdrop -1.0; allowed: 0 to 1"),
+        ({"dtype": "float99"}, "not a valid GPT-2 configuration"),
+        ({"compression": [{"rewrite": []}]}, "allowed: a list of rewrites"),
         ({"compression": "soft_shared"}, "has compression 'soft_shared'; allowed: a list of rewrites"),
         ({"model_type": "gpt2_compressed", "ffn_groups": [{"layers": [1, 2]}]}, "as entry 0 of ffn_groups"),
         (

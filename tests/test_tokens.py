@@ -236,6 +236,8 @@ def test_one_string_without_special_tokens_truncation_or_warning(byte_level, cap
     joined = messy(2, 3000)
     byte_level.deprecation_warnings.clear()
     transformers.logging.enable_propagation()
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
     try:
         blocks = token_blocks(a_text(joined), byte_level, context=16, max_tokens=None, seed=0, evenly=False)
         assert not caplog.records
@@ -243,6 +245,7 @@ def test_one_string_without_special_tokens_truncation_or_warning(byte_level, cap
         assert "longer than" in caplog.text
     finally:
         transformers.logging.disable_propagation()
+        transformers.logging.set_verbosity(level)
     assert counted(blocks) == whole(joined, byte_level)
     assert byte_level.decode(counted(blocks), clean_up_tokenization_spaces=False) == joined
 

@@ -54,7 +54,7 @@ class LayerDelta(nn.Module):
             return y
         narrow = x.reshape(-1, x.size(-1)) @ self.delta_a  # float[tokens, rank]: the in x out product is never formed
         flat = y.view(-1, y.size(-1))
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if torch.is_grad_enabled() or flat.dtype != self.delta_b.dtype:  # training, or autocast
             return torch.addmm(flat, narrow, self.delta_b).view_as(y)
         return flat.addmm_(narrow, self.delta_b).view_as(y)  # y is ours: no second tensor of its size
 
