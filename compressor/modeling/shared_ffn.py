@@ -56,7 +56,7 @@ class LayerDelta(nn.Module):
         flat = y.view(-1, y.size(-1))
         if torch.is_grad_enabled() or flat.dtype != self.delta_b.dtype:  # training, or autocast
             return torch.addmm(flat, narrow, self.delta_b).view_as(y)
-        return flat.addmm_(narrow, self.delta_b).view_as(y)  # y is ours: no second tensor of its size
+        return torch.addmm(flat, narrow, self.delta_b, out=flat).view_as(y)  # y is ours: no second tensor of its size
 
 
 class LayerFFN(nn.Module):
