@@ -32,6 +32,9 @@ _PREFIX = GPT2LMHeadModel.base_model_prefix + "."
 _INDEX = "model.safetensors.index.json"
 _HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "merges.txt", "*.py"]
 
+# Far beyond any GPT-2: what a damaged config may say must not be built.
+_LARGEST = {"n_layer": 1000, **dict.fromkeys(("n_head", "n_embd", "n_positions", "vocab_size", "n_inner"), 1 << 22)}
+
 Header = dict[str, tuple[tuple[int, ...], str]]  # tensor name -> (shape, dtype as safetensors spells it)
 
 
@@ -154,7 +157,7 @@ def read_config(name: str, folder: Path) -> GPT2Config:
         raise UserError(f"{name} has a per_layer_config; only a GPT-2 whose layers are all alike can be compressed")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError, OSError, StrictDataclassError) as error:  # wrong types and words
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, StrictDataclassError) as error:
         raise UserError(
             f"{name}: config.json is not a valid GPT-2 configuration ({' '.join(str(error).split())})"
         ) from error
@@ -163,10 +166,10 @@ def read_config(name: str, folder: Path) -> GPT2Config:
 
 
 def _check_config(name: str, config: GPT2Config) -> None:
-    for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "n_inner"):
+    for key, most in _LARGEST.items():
         value = getattr(config, key)
-        if value is not None and value < 1:
-            raise UserError(f"{name}: config.json has {key} {value}; allowed: 1 or more")
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"{name}: config.json has {key} {value}; allowed: 1 to {most}")
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if not 0 <= getattr(config, key) <= 1:
             raise UserError(f"{name}: config.json has {key} {getattr(config, key)}; allowed: 0 to 1")

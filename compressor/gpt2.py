@@ -6,6 +6,8 @@ Linears of the blocks are `Conv1D`: weight (in, out), y = x W + b.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +72,18 @@ def run_blocks(
     for block in blocks(model)[start:stop]:
         hidden = block(hidden, None, mask, None, use_cache=False, position_ids=positions, **extra)
     return hidden
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout); every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def final_norm(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -60,7 +60,6 @@ def test_weighted_mean_minimises_the_summed_error():
     stacked = torch.cat([x for _, x in inputs])
     target = torch.cat([x @ w for (_, x), w in zip(inputs, weights, strict=True)])
     assert torch.allclose(base, torch.linalg.lstsq(stacked, target).solution, atol=1e-4)
-    assert torch.allclose(weighted_mean(weights, [None] * 3), sum(weights) / 3)
 
 
 def test_unseen_directions_keep_the_plain_mean():

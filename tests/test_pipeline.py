@@ -215,6 +215,34 @@ def test_the_alignment_of_another_model_is_refused(tmp_path, tiny_folder, text_f
     assert tree(run) == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("quality"),
+        lambda d: d["quality"][0].pop("anchor"),
+        lambda d: d["quality"][0].update(matched="well"),
+        lambda d: d["quality"][0].update(layer=5),
+        lambda d: d.update(d_ff=64),
+        lambda d: d.pop("provenance"),
+        lambda d: d["provenance"].pop("base_model"),
+        lambda d: d["provenance"].update(base_model=3),
+        lambda d: d["provenance"].update(data={}),
+        lambda d: d["provenance"].update(data=None),
+        lambda d: d["provenance"]["data"]["calibration"].pop("specs"),
+        lambda d: d["provenance"]["data"]["calibration"].update(split_given=[]),
+    ],
+)
+def test_a_damaged_alignment_is_one_line(aligned_run, session, change):
+    path = aligned_run / "alignment.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    for command in (lambda: rewrite(aligned_run, session), lambda: pipeline.inspect(str(aligned_run))):
+        with pytest.raises(UserError, match="gpt2-compress align") as error:
+            command()
+        assert "\n" not in str(error.value)
+
+
 def test_a_text_that_changed_since_the_alignment_is_refused(tmp_path, tiny_folder, text_file, session):
     text = shutil.copy(text_file, tmp_path / "text.txt")
     pipeline.align(tmp_path / "run", str(tiny_folder), str(text), Align(max_tokens=500), session)

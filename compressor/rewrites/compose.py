@@ -72,8 +72,8 @@ def apply(
     base = original.config
     check(rewrites, base)
     layers = layer_map(rewrites, base)
-    with torch.no_grad():
-        model = models.build(structure(rewrites, base)).to(original.dtype)  # type: ignore[arg-type]
+    with torch.no_grad(), gpt2.evaluating(original):
+        model = models.build(structure(rewrites, base)).to(original.dtype).eval()  # type: ignore[arg-type]
         wanted = model.state_dict()
         kept = {}
         for name, tensor in original.state_dict().items():
@@ -89,4 +89,4 @@ def apply(
     if empty:
         raise RuntimeError(f"no rewrite filled {empty[0]}")
     model.generation_config = original.generation_config
-    return model.to(gpt2.device(original)).eval()
+    return model.to(gpt2.device(original))

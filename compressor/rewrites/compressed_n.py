@@ -128,11 +128,12 @@ def _refit(model: GPT2LMHeadModel, layer: int, context: FitContext, window: Wind
     d = model.config.n_embd
     width = d + gpt2.d_ff(model.config)
     device = gpt2.device(context.original)
+    passages = _passages(context, window)
     for turn in range(ROUNDS):
         context.progress(f"refit of block {layer}, round {turn + 1} of {ROUNDS}")
         gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
         pull = torch.zeros(width + 1, d, dtype=torch.float64, device=device)
-        for features, error, weight in _window_errors(model, layer, context, window):
+        for features, error, weight in _errors(model, layer, passages):
             gram.addmm_((features * weight).T, features)
             pull.addmm_((features * weight).T, error)
         ridge = torch.full((width + 1,), RIDGE * gram.diagonal()[:-1].mean().item(), dtype=torch.float64, device=device)
@@ -143,20 +144,31 @@ def _refit(model: GPT2LMHeadModel, layer: int, context: FitContext, window: Wind
         gpt2.put(block.mlp.c_proj, "bias", block.mlp.c_proj.bias.double() + change[-1])
 
 
-def _window_errors(
-    model: GPT2LMHeadModel, layer: int, context: FitContext, window: Window
+def _passages(context: FitContext, window: Window) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per calibration batch: what enters the original's window, what leaves it [rows, context, d], and the mask.
+
+    Kept for all rounds: running the layers below again would cost more than the fit, and this is 8 d bytes a token.
+    """
+    result = []
+    for ids, mask in context.batches():
+        entry = gpt2.run_blocks(context.original, gpt2.embed(context.original, ids), 0, window.start)
+        truth = gpt2.run_blocks(context.original, entry, window.start, window.start + window.n)
+        result.append((entry, truth, mask))
+    return result
+
+
+def _errors(
+    model: GPT2LMHeadModel, layer: int, passages: list[tuple[Tensor, Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Per calibration batch, of its real tokens in float64: features [a, h, 1] of the new block [tokens, d + d_ff + 1],
-    the original window's output minus the block's [tokens, d], weights [tokens, 1]."""
+    """Per passage, of its real tokens in float64: features [a, h, 1] of the block [tokens, d + d_ff + 1], what left the
+    window minus what leaves the block [tokens, d], weights [tokens, 1]."""
     block, seen = gpt2.blocks(model)[layer], {}
     hooks = [
         linear.register_forward_pre_hook(lambda _module, inputs, key=key: seen.update({key: inputs[0]}))
         for key, linear in (("a", block.attn.c_proj), ("h", block.mlp.c_proj))
     ]
     try:
-        for ids, mask in context.batches():
-            entry = gpt2.run_blocks(context.original, gpt2.embed(context.original, ids), 0, window.start)
-            truth = gpt2.run_blocks(context.original, entry, window.start, window.start + window.n)
+        for entry, truth, mask in passages:
             output = gpt2.run_blocks(model, entry, layer, layer + 1)
             features = torch.cat(
                 [seen["a"][mask], seen["h"][mask], torch.ones_like(truth[mask][:, :1])], dim=1

@@ -90,12 +90,19 @@ def merged_ffn(context: FitContext, window: Window, *, weighted: bool = False) -
     values = [average([ffn[index] for ffn in ffns]) for index in range(len(_TENSORS))]
     if weighted:
         layers = list(window.layers)
-        inputs, hidden = context.moments(layers, "input"), context.moments(layers, "post")
+        inputs = context.moments(layers, "input")
         values[0] = weighted_mean([ffn[0] for ffn in ffns], [inputs[layer].second_moment() for layer in layers])
-        moments = []
-        for layer in layers:
-            moment = hidden[layer].second_moment()
-            order = context.alignments.to_anchor(layer, window.anchor).to(moment.device)
-            moments.append(moment[order][:, order])
-        values[2] = weighted_mean([ffn[2] for ffn in ffns], moments)
+        hidden = aligned_moments(context, window, centred=False)
+        values[2] = weighted_mean([ffn[2] for ffn in ffns], [hidden[layer][1] for layer in layers])
     return values
+
+
+def aligned_moments(context: FitContext, window: Window, *, centred: bool) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer -> mean [d_ff] and covariance or second moment [d_ff, d_ff] of c_proj's input in the anchor's order."""
+    taken, result = context.moments(list(window.layers), "post"), {}
+    for layer in window.layers:
+        moments = taken.pop(layer)  # d_ff x d_ff in float64 each: not two of them a layer
+        order = context.alignments.to_anchor(layer, window.anchor).to(moments.mean.device)
+        moment = moments.covariance() if centred else moments.second_moment()
+        result[layer] = moments.mean[order], moment[order][:, order]
+    return result

@@ -23,7 +23,7 @@ from ..windows import Window
 from .base import FFN_SITES, FitContext, WindowRewrite, sites_of
 from .groups import add_groups, fold_groups, group_index
 from .low_rank import share
-from .merged_n import aligned_ffns
+from .merged_n import aligned_ffns, aligned_moments
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,15 @@ class _Group:
         group = group_index(model, self.context.layers[self.window.start])
         inputs = self._input_statistics() if self.data else {}
         fc_base, fc_deltas, fc_biases = self._share(
-            0, {layer: self.weights[layer][0] for layer in self.window.layers}, inputs
+            {layer: self.weights[layer][:2] for layer in self.window.layers}, inputs
         )
         hidden: dict[int, tuple[Tensor, Tensor]] = {}
-        targets = {layer: self.weights[layer][2] for layer in self.window.layers}
-        offsets: dict[int, Tensor] = {}
+        proj = {layer: self.weights[layer][2:] for layer in self.window.layers}
         if self.rewrite.base == "lsq":
-            hidden, targets, offsets = self._refit_targets(fc_base, fc_deltas, fc_biases)
+            hidden, proj = self._refit_targets(fc_base, fc_deltas, fc_biases)
         elif self.data:
-            hidden = self._hidden_statistics()
-        proj_base, proj_deltas, proj_biases = self._share(2, targets, hidden, offsets)
+            hidden = aligned_moments(self.context, self.window, centred=self._centred)
+        proj_base, proj_deltas, proj_biases = self._share(proj, hidden)
         for linear, shared, deltas, biases in (
             ("c_fc", fc_base, fc_deltas, fc_biases),
             ("c_proj", proj_base, proj_deltas, proj_biases),
@@ -154,14 +153,6 @@ class _Group:
             result[layer] = mean, moment
         return result
 
-    def _hidden_statistics(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Of c_proj's input, in the anchor's neuron order."""
-        result = {}
-        for layer, moments in self.context.moments(list(self.window.layers), "post").items():
-            order = self.context.alignments.to_anchor(layer, self.window.anchor).to(moments.mean.device)
-            result[layer] = moments.mean[order], self._moment(moments)[order][:, order]
-        return result
-
     @property
     def _centred(self) -> bool:
         """Fitted biases, one per layer, take up the mean error, so the weights need only answer for the rest."""
@@ -174,16 +165,14 @@ class _Group:
 
     def _share(
         self,
-        index: int,
-        weights: dict[int, Tensor],
+        linears: dict[int, tuple[Tensor, ...]],
         statistics: dict[int, tuple[Tensor, Tensor]],
-        offsets: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]:
-        """Base, deltas and biases of one linear (index 0: c_fc, 2: c_proj of `self.weights`)."""
+        """Base, deltas and biases for the weight and bias of each layer's c_fc, or of each layer's c_proj."""
         rewrite, layers = self.rewrite, list(self.window.layers)
         lora = rewrite.delta_init == "lora"
         base, factors = share(
-            [weights[layer] for layer in layers],
+            [linears[layer][0] for layer in layers],
             [statistics[layer][1] if layer in statistics else None for layer in layers],
             0 if lora else rewrite.rank,
             rewrite.base,
@@ -192,9 +181,9 @@ class _Group:
         )
         deltas, biases = {}, {}
         for layer, (a, b) in zip(layers, factors, strict=True):
-            biases[layer] = self.weights[layer][index + 1] + (offsets[layer] if offsets else 0)
+            weight, biases[layer] = linears[layer]
             if layer in statistics and self._centred:
-                biases[layer] = biases[layer] + statistics[layer][0] @ (weights[layer] - base - a @ b)
+                biases[layer] = biases[layer] + statistics[layer][0] @ (weight - base - a @ b)
             deltas[layer] = self._wake(a, b, base)
         return base, deltas, biases
 
@@ -207,10 +196,10 @@ class _Group:
 
     def _refit_targets(
         self, base: Tensor, deltas: dict[int, tuple[Tensor, Tensor]], biases: dict[int, Tensor]
-    ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor], dict[int, Tensor]]:
+    ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, tuple[Tensor, ...]]]:
         """What c_proj should be, given the hidden activations that the shared c_fc really makes: least squares against
-        the FFNs' true outputs, held near the original weights. Returns statistics of those activations, the weights to
-        share, and what must be added to the biases."""
+        the FFNs' true outputs, held near the original weights. Returns statistics of those activations, and each
+        layer's weight and bias to share."""
         context, layers, original = self.context, list(self.window.layers), self.context.original
         act = ACT2FN[original.config.activation_function]
         d, width = original.config.n_embd, gpt2.d_ff(original.config)
@@ -233,24 +222,25 @@ class _Group:
                 kept[layer] = act(torch.addmm(effective[layer][1], x.float(), effective[layer][0]))
                 return
             hidden = kept.pop(layer)
-            error = x.double() - self.weights[layer][3] - hidden.double() @ self.weights[layer][2]
             own[layer].update(hidden)
-            cross[layer].update(hidden, error)
+            cross[layer].update(hidden, x)
 
         context.progress(f"refit of layers {layers[0]} to {layers[-1]}")
         capture(original, context.batches(), take, sites=("input", "output"), layers=layers)
-        statistics, weights, offsets = {}, {}, {}
+        shared = torch.stack([self.weights[layer][3] for layer in layers]).mean(0)
+        statistics, linears = {}, {}
         for layer in layers:
-            moment = self._moment(own[layer])
-            pull = cross[layer].covariance() if self._centred else cross[layer].second_moment()
-            ridge = _RIDGE * moment.diagonal().mean() * torch.eye(width, dtype=moment.dtype, device=moment.device)
-            change = torch.linalg.solve(moment + ridge, pull)
-            statistics[layer] = own[layer].mean, moment
-            weights[layer] = self.weights[layer][2] + change
-            offsets[layer] = (
-                cross[layer].second_mean - own[layer].mean @ change if self._centred else torch.zeros_like(base[0, :1])
-            )
-        return statistics, weights, offsets
+            hidden, both = own.pop(layer), cross.pop(layer)
+            moment, near = self._moment(hidden), self.weights[layer][2]
+            # Without biases of their own the layers' outputs must come right with the shared one.
+            pull = both.covariance() if self._centred else both.second_moment().addr_(hidden.mean, shared, alpha=-1)
+            ridge = _RIDGE * moment.diagonal().mean()
+            damped = moment.clone()
+            damped.diagonal().add_(ridge)
+            weight = torch.linalg.solve(damped, pull + ridge * near)
+            statistics[layer] = hidden.mean, moment
+            linears[layer] = weight, both.second_mean - hidden.mean @ weight if self._centred else shared
+        return statistics, linears
 
 
 _RIDGE = 1e-2  # of the mean variance of a hidden neuron; without it few tokens overfit (see benchmarks/results)
