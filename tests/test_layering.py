@@ -17,7 +17,8 @@ STOREYS = [
     {"cli", "options", "show"},
     {"pipeline"},
     {"session", "facts", "run_folder", "recipe"},  # what the commands share
-    {"verify", "benchmark", "report", "metrics", "rewrites", "alignment", "capture", "correlation"},  # stages
+    {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "capture",
+     "correlation"},  # stages
     {"models", "checkpoint", "gpt2", "artifacts", "data", "sources", "tokens", "fields", "windows", "errors", "demo",
      "modeling"},  # ground
 ]  # fmt: skip

@@ -154,8 +154,7 @@ def _window_errors(
         for key, linear in (("a", block.attn.c_proj), ("h", block.mlp.c_proj))
     ]
     try:
-        for ids, mask in context.batches():
-            entry = gpt2.run_blocks(context.original, gpt2.embed(context.original, ids), 0, window.start)
+        for entry, mask in context.entering(window.start):
             truth = gpt2.run_blocks(context.original, entry, window.start, window.start + window.n)
             output = gpt2.run_blocks(model, entry, layer, layer + 1)
             features = torch.cat(

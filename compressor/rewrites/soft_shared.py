@@ -238,7 +238,8 @@ class _Group:
             cross[layer].update(hidden, error)
 
         context.progress(f"refit of layers {layers[0]} to {layers[-1]}")
-        capture(original, context.batches(), take, sites=("input", "output"), layers=layers)
+        entry = context.entering(layers[0])
+        capture(original, entry, take, sites=("input", "output"), layers=layers, start=layers[0])
         statistics, weights, offsets = {}, {}, {}
         for layer in layers:
             moment = self._moment(own[layer])
