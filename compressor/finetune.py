@@ -6,7 +6,7 @@ This file says what is trained and what comes out; training_loop.py makes the st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -119,12 +119,19 @@ def finetune(
     Raises UserError for settings that are not allowed, a stored state of other settings, a model spread over devices
     or wrapped, and a loss that is not a finite number.
     """
-    _check(model, blocks, teacher, steps, batch_tokens, mix, evaluate_every, checkpoint_every, state_folder)
+    _check_models(model, teacher)
     mode = resolve_train(train, model, rewrites)
+    if teacher is not None and mode != "deltas" and _memory_of(teacher) & _memory_of(model):
+        raise ValueError("the teacher shares memory with the model: it would be changed too")
+    if checkpoint_every is not None and state_folder is None:
+        raise ValueError("checkpoint_every needs a state_folder")
+    if not blocks.mask[:, 1:].any():
+        raise UserError(f"the {blocks.part} part of {blocks.source} has no token to predict; give more text")
     accelerator = _accelerator()
     device = gpt2.device(model) if accelerator.num_processes == 1 else accelerator.device
     model.to(device)  # type: ignore[arg-type]
     width = blocks.ids.shape[1]
+    low = autocast_dtype(autocast, device)  # what products are computed in
     settings: dict[str, Any] = {
         "train": mode,
         "steps": steps,
@@ -140,13 +147,14 @@ def finetune(
         "rank": rank if mode == "lora" else None,
         "alpha": alpha if mode == "lora" else None,
         "seed": seed,
-        "evaluate_every": evaluate_every or max(1, steps // 5),
+        "evaluate_every": max(1, steps // 5) if evaluate_every is None else evaluate_every,
+        "autocast": str(low or model.dtype).removeprefix("torch."),
         "training": blocks.fingerprint,
         "selection": evaluation.fingerprint if evaluation is not None else None,
     }
-    low = autocast_dtype(autocast, device)  # what products are computed in
+    _check_numbers({**settings, "checkpoint_every": checkpoint_every, "forward_tokens": forward_tokens})
     attention = attention_while_training(model, width, low)
-    at_once = forward_tokens or (4096 if device.type == "cpu" else 16384)
+    at_once = forward_tokens or (2048 if device.type == "cpu" else 16384)
     with _trainable(model, mode, rewrites, settings) as parameters:
         loop = Loop(
             objective=Objective(model, teacher, settings["mix"], rewrites if penalty else (), low),
@@ -178,7 +186,6 @@ def finetune(
         training_seconds=loop.training_seconds,
         settings={
             **settings,
-            "autocast": str(low or model.dtype).removeprefix("torch."),
             "attention": attention,
             "processes": accelerator.num_processes,
             "device": device.type,
@@ -187,17 +194,7 @@ def finetune(
     )
 
 
-def _check(
-    model: GPT2LMHeadModel,
-    blocks: TokenBlocks,
-    teacher: GPT2LMHeadModel | None,
-    steps: int,
-    batch_tokens: int,
-    mix: float,
-    evaluate_every: int | None,
-    checkpoint_every: int | None,
-    state_folder: StateFolder | None,
-) -> None:
+def _check_models(model: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UserError(f"the model is wrapped in {type(model).__name__}; for several devices start {_LAUNCH}")
     if len({parameter.device for parameter in model.parameters()}) > 1:
@@ -205,34 +202,44 @@ def _check(
     if model.dtype not in (torch.float32, torch.float64):
         given = str(model.dtype).removeprefix("torch.")
         raise UserError(f"recovery trains float32 weights, these are {given}; leave --dtype out, bfloat16 is autocast")
-    for name, count in (
-        ("steps", steps),
-        ("batch_tokens", batch_tokens),
-        ("evaluate_every", evaluate_every),
-        ("checkpoint_every", checkpoint_every),
-    ):
-        if count is not None and count < 1:
-            raise UserError(f"{name} is {count}; allowed: 1 or more")
-    if checkpoint_every is not None and state_folder is None:
-        raise ValueError("checkpoint_every needs a state_folder")
-    if not blocks.mask[:, 1:].any():
-        raise UserError(f"the {blocks.part} part of {blocks.source} has no token to predict; give more text")
-    if not 0 <= mix <= 1:
-        raise UserError(f"mix is {mix}; allowed: 0 (next tokens only) to 1 (the teacher only)")
-    if teacher is not None:
-        if teacher.config.vocab_size != model.config.vocab_size:
-            raise UserError(
-                f"the teacher has {teacher.config.vocab_size} tokens, the model {model.config.vocab_size}; "
-                "distillation needs the same vocabulary"
-            )
-        own = {parameter.data_ptr() for parameter in model.parameters()}
-        if any(parameter.data_ptr() in own for parameter in teacher.parameters()):
-            raise ValueError("the teacher shares memory with the model: it would be trained too")
+    if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"the teacher has {teacher.config.vocab_size} tokens, the model {model.config.vocab_size}; "
+            "distillation needs the same vocabulary"
+        )
+
+
+# setting -> the least it may be, and the most
+_RANGES = {
+    "steps": (1, math.inf),
+    "batch_tokens": (1, math.inf),
+    "evaluate_every": (1, math.inf),
+    "checkpoint_every": (1, math.inf),
+    "forward_tokens": (1, math.inf),
+    "warm_up": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "penalty": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "clip": (0, math.inf),
+    "mix": (0, 1),
+}
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    for name, (least, most) in _RANGES.items():
+        value = settings[name]
+        if value is not None and not least <= value <= most:  # NaN is neither
+            allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"{name} is {value}; allowed: {allowed}")
+
+
+def _memory_of(model: GPT2LMHeadModel) -> set[int]:
+    return {parameter.data_ptr() for parameter in model.parameters()}
 
 
 def _accelerator() -> Accelerator:
-    """Processes and their devices. Precision is ours, so that two recoveries in one process may differ in it."""
-    accelerator = Accelerator(mixed_precision="no")
+    """Processes and their devices. Its precision is left alone: it is one for a whole process, and ours is not."""
+    accelerator = Accelerator()
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in kinds:
         raise UserError(

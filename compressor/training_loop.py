@@ -71,6 +71,7 @@ class Loop:
         self.rows, self.forward_rows, self.progress = rows, forward_rows, progress
         self.model, self.objective = objective.model, objective
         self.annealed = any(type(rewrite).on_step is not Rewrite.on_step for rewrite in rewrites)
+        self.wrapped: nn.Module = objective
         self.flush_every = 1 if device.type == "cpu" else 16  # reading a number makes an accelerator wait
         self.pending: list[tuple[int, int, Tensor]] = []
         self.step = 0
@@ -104,14 +105,18 @@ class Loop:
         for other in self.objective.others:
             if other is not None:
                 other.to(self.device).eval()  # type: ignore[arg-type]
-        stored = training_state.load(folder, self.settings) if folder is not None and resume else None
+        stored = None
+        if folder is not None and resume:
+            with self.accelerator.main_process_first():  # it tidies up what a kill left
+                stored = training_state.load(folder, self.settings)
         if stored is not None:
             self._take(stored)
         else:
             if folder is not None and self.accelerator.is_main_process:
                 training_state.remove(folder)
             self._evaluate()
-        self.wrapped = self.accelerator.prepare_model(self.objective, device_placement=False)
+        if self.accelerator.num_processes > 1:
+            self.wrapped = self.accelerator.prepare_model(self.objective, device_placement=False)
 
     def restore_best(self) -> None:
         """The best state into the model."""
@@ -166,7 +171,7 @@ class Loop:
                 with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                     loss, part, term = self.wrapped(ids.to(self.device), on_device, last)
                     loss = loss * (processes / count)  # gradients are averaged over the processes
-                    self.accelerator.backward(loss if term is None else loss + settings["penalty"] * term)
+                    (loss if term is None else loss + settings["penalty"] * term).backward()
                 sums += part
         parameters = list(self.parameters.values())
         norm = nn.utils.clip_grad_norm_(parameters, settings["clip"])
@@ -240,7 +245,8 @@ class Loop:
         total = torch.zeros((), dtype=torch.float64)
         size = max(1, BATCH_TOKENS // blocks.ids.shape[1])
         for ids, mask in zip(blocks.ids[share].split(size), blocks.mask[share].split(size), strict=True):
-            total += token_nll(self.model, ids.to(self.device), mask.to(self.device)).sum()
+            if len(ids):  # more processes than rows
+                total += token_nll(self.model, ids.to(self.device), mask.to(self.device)).sum()
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total.to(self.device), "sum").cpu()
         tokens = int(blocks.mask[:, 1:].sum())

@@ -137,5 +137,6 @@ class Objective(nn.Module):
         return hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight
 
     def _penalty(self) -> Tensor | None:
-        terms = [term for rewrite in self.penalised if (term := rewrite.penalty(self.model)) is not None]
-        return torch.stack(terms).mean() if terms else None
+        with torch.autocast(gpt2.device(self.model).type, enabled=False):
+            terms = [term for rewrite in self.penalised if (term := rewrite.penalty(self.model)) is not None]
+            return torch.stack(terms).mean() if terms else None
