@@ -6,6 +6,7 @@ This file says what is trained and what comes out; training_loop.py makes the st
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -240,6 +241,12 @@ def _memory_of(model: GPT2LMHeadModel) -> set[int]:
 def _accelerator() -> Accelerator:
     """Processes and their devices. Its precision is left alone: it is one for a whole process, and ours is not."""
     accelerator = Accelerator()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > accelerator.num_processes:  # they would all write the same files
+        raise UserError(
+            f"this is one of {started} processes, but accelerate sees {accelerator.num_processes}; "
+            "to run several on CPUs set ACCELERATE_USE_CPU=true"
+        )
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in kinds:
         raise UserError(
