@@ -186,7 +186,9 @@ def test_a_race_finds_the_same_winner_with_its_exact_score_for_a_third_of_the_wo
         assert item.dropped == (item.blocks < BLOCKS) and item.block_nll == full.block_nll[: item.blocks]
         assert item.tokens == sum(TOKENS[: item.blocks])
         if item.dropped:
-            assert item.behind > 3 * item.error and not item.indistinguishable
+            left = 1 - item.tokens / sum(TOKENS)
+            assert item.behind > 3 * item.error * math.sqrt(left)
+            assert item.indistinguishable == (item.behind <= quantile(2, item.blocks) * item.error)
 
 
 def test_no_block_is_scored_twice_and_rounds_grow():
