@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from . import artifacts, gpt2
+from .assignment import Quality, assign, rate
 from .capture import Batch, capture
 from .correlation import AllSum, CorrelationStream
 from .errors import UserError, unknown
@@ -32,18 +32,6 @@ PAIRS = ("chain", "direct")
 MEMORY_BUDGET = 4 * 1024**3  # bytes; holds the chains of GPT-2 small and medium in one pass
 
 FFNWeights = tuple[Tensor, Tensor, Tensor, Tensor]  # as gpt2.ffn_weights gives them
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How good a matching is: mean similarity of matched neurons, over matches of two live neurons."""
-
-    matched: float
-    identity: float     # were each neuron matched to the one of the same index
-    random: float       # were they matched by a random permutation
-    unmoved: float      # share of neurons that the matching leaves at their index, 0..1
-    dead_anchor: int    # neurons that do not vary; their correlation counts as 0
-    dead_layer: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +50,7 @@ class Alignments:
     """The solved alignments of one model; each pair of layers once, the lower layer as its anchor."""
 
     method: str
-    site: str | None    # of the activations; None without activations
+    site: str | None  # of the activations; None without activations
     pairs: str
     tokens: int
     n_layer: int
@@ -106,8 +94,9 @@ def identity(config: GPT2Config) -> Alignments:
     return Alignments("none", None, "chain", 0, config.n_layer, gpt2.d_ff(config), ())
 
 
-def layer_pairs(n_layer: int, pairs: str = "chain", *, n: int | None = None, anchor: str | int = "middle",
-                start: int | None = None) -> list[tuple[int, int]]:
+def layer_pairs(
+    n_layer: int, pairs: str = "chain", *, n: int | None = None, anchor: str | int = "middle", start: int | None = None
+) -> list[tuple[int, int]]:
     """The pairs (lower, higher) of layers to solve.
 
     "chain": the adjacent ones. "direct": also each layer of every window of n layers (or of the one at `start`) with
@@ -136,10 +125,21 @@ def layer_pairs(n_layer: int, pairs: str = "chain", *, n: int | None = None, anc
     return sorted(chain | direct)
 
 
-def align_activations(model: GPT2LMHeadModel, batches: Iterable[Batch], *, site: str = "pre", pairs: str = "chain",
-                      n: int | None = None, anchor: str | int = "middle", start: int | None = None,
-                      memory_budget: int = MEMORY_BUDGET, seed: int = 0, threads: int | None = None,
-                      progress: Callable[[int], None] | None = None, all_sum: AllSum | None = None) -> Alignments:
+def align_activations(
+    model: GPT2LMHeadModel,
+    batches: Iterable[Batch],
+    *,
+    site: str = "pre",
+    pairs: str = "chain",
+    n: int | None = None,
+    anchor: str | int = "middle",
+    start: int | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    all_sum: AllSum | None = None,
+) -> Alignments:
     """Match neurons by the correlation of their activations over the tokens of `batches` (see `capture`).
 
     `pairs`, `n`, `anchor`, `start`: see `layer_pairs`. `memory_budget`: bytes for the cross matrices (8 d_ff^2 a pair);
@@ -154,7 +154,7 @@ def align_activations(model: GPT2LMHeadModel, batches: Iterable[Batch], *, site:
     width = gpt2.d_ff(model.config)
     wanted = layer_pairs(len(gpt2.blocks(model)), pairs, n=n, anchor=anchor, start=start)
     in_a_pass = max(1, memory_budget // (8 * width * width))
-    slabs = [wanted[first:first + in_a_pass] for first in range(0, len(wanted), in_a_pass)]
+    slabs = [wanted[first : first + in_a_pass] for first in range(0, len(wanted), in_a_pass)]
     if len(slabs) > 1:
         batches = list(batches)  # token ids, to be run through again: 9 bytes a token
     solved: list[Alignment] = []
@@ -166,13 +166,25 @@ def align_activations(model: GPT2LMHeadModel, batches: Iterable[Batch], *, site:
     return Alignments("activation", site, pairs, tokens, len(gpt2.blocks(model)), width, tuple(solved))
 
 
-def _correlate(model: GPT2LMHeadModel, batches: Iterable[Batch], pairs: Sequence[tuple[int, int]], site: str,
-               progress: Callable[[int], None] | None, all_sum: AllSum | None) -> CorrelationStream:
+def _correlate(
+    model: GPT2LMHeadModel,
+    batches: Iterable[Batch],
+    pairs: Sequence[tuple[int, int]],
+    site: str,
+    progress: Callable[[int], None] | None,
+    all_sum: AllSum | None,
+) -> CorrelationStream:
     """One pass over the data for some pairs."""
     device = next(model.parameters()).device
     stream = CorrelationStream(pairs, gpt2.d_ff(model.config), device="cpu" if device.type == "mps" else device)
-    capture(model, batches, lambda layer, _, activations: stream.update(layer, activations), sites=(site,),
-            layers=stream.layers, progress=progress)  # on MPS, which knows no float64, the sums are the processor's
+    capture(
+        model,
+        batches,
+        lambda layer, _, activations: stream.update(layer, activations),
+        sites=(site,),
+        layers=stream.layers,
+        progress=progress,
+    )  # on MPS, which knows no float64, the sums are the processor's
     if all_sum is not None:
         stream.reduce(all_sum)
     if stream.count < 2:
@@ -180,8 +192,16 @@ def _correlate(model: GPT2LMHeadModel, batches: Iterable[Batch], pairs: Sequence
     return stream
 
 
-def align_weights(model: GPT2LMHeadModel, *, pairs: str = "chain", n: int | None = None, anchor: str | int = "middle",
-                  start: int | None = None, seed: int = 0, threads: int | None = None) -> Alignments:
+def align_weights(
+    model: GPT2LMHeadModel,
+    *,
+    pairs: str = "chain",
+    n: int | None = None,
+    anchor: str | int = "middle",
+    start: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Alignments:
     """Match neurons by their weights alone: a neuron's vector is its c_fc column, its c_fc bias and its c_proj row.
 
     Maximising the sum of inner products is minimising the squared distance of the two FFNs' weights, the residual that
@@ -212,8 +232,14 @@ def align_weights(model: GPT2LMHeadModel, *, pairs: str = "chain", n: int | None
     return Alignments("weight", None, pairs, 0, len(gpt2.blocks(model)), width, tuple(solved))
 
 
-def _solve(pairs: Sequence[tuple[int, int]], similarity: Callable[[int, int], Tensor], dead: Callable[[int], Tensor],
-           seed: int, threads: int | None, report: Callable[[int, int], Tensor] | None = None) -> list[Alignment]:
+def _solve(
+    pairs: Sequence[tuple[int, int]],
+    similarity: Callable[[int, int], Tensor],
+    dead: Callable[[int], Tensor],
+    seed: int,
+    threads: int | None,
+    report: Callable[[int, int], Tensor] | None = None,
+) -> list[Alignment]:
     """One assignment a pair: the greatest sum of `similarity(anchor, layer)`, float[d_ff, d_ff].
 
     Told in the values of `report`, where that is another.
@@ -224,34 +250,12 @@ def _solve(pairs: Sequence[tuple[int, int]], similarity: Callable[[int, int], Te
         permutation = assign(reported)
         if report is not None:
             reported = report(*pair).cpu()
-        quality = _quality(reported, permutation, dead(pair[0]).cpu(), dead(pair[1]).cpu(), seed)
-        return Alignment(*pair, permutation, reported[torch.arange(len(permutation)), permutation].float(), quality)
+        rating = rate(reported, permutation, dead(pair[0]).cpu(), dead(pair[1]).cpu(), seed)
+        return Alignment(*pair, permutation, reported[torch.arange(len(permutation)), permutation].float(), rating)
 
     # scipy 1.17 frees the GIL while it solves: four of 3072^2 took 1.41 s in two threads, 2.80 s in one.
     with ThreadPoolExecutor(threads or torch.get_num_threads()) as executor:
         return list(executor.map(solve, pairs))
-
-
-def assign(similarity: Tensor) -> Tensor:
-    """int64[n]: for each row its column, such that the sum of float[n, n] `similarity` over the matches is greatest."""
-    values = similarity.cpu().double()
-    # What a row falls short of its best, then a column of its least: the same optimum, found in 0.6 of the time.
-    cost = values.amax(1, keepdim=True) - values
-    cost -= cost.amin(0)
-    _, columns = linear_sum_assignment(cost.numpy())
-    return torch.from_numpy(columns).long()
-
-
-def _quality(similarity: Tensor, permutation: Tensor, dead_anchor: Tensor, dead_layer: Tensor, seed: int) -> Quality:
-    same = torch.arange(len(permutation))
-    shuffled = torch.randperm(len(permutation), generator=torch.Generator().manual_seed(seed))
-
-    def mean(columns: Tensor) -> float:
-        live = ~(dead_anchor | dead_layer[columns])
-        return similarity[same, columns][live].mean().item() if live.any() else 0.0
-
-    return Quality(mean(permutation), mean(same), mean(shuffled), (permutation == same).double().mean().item(),
-                   int(dead_anchor.sum()), int(dead_layer.sum()))
 
 
 # ---------------------------------------------------------------- permute
@@ -324,8 +328,10 @@ def load(folder: Path) -> tuple[Alignments, dict[str, Any]]:
     if needed - present:
         raise UserError(f"{path} lacks the adjacent layers {sorted(needed - present)}; {again}")
     for item in solved:
-        if item.permutation.dtype != torch.int64 or not torch.equal(item.permutation.sort().values,
-                                                                    torch.arange(alignments.d_ff)):
-            raise UserError(f"{path}: layer {item.layer} to {item.anchor} is no permutation of {alignments.d_ff} "
-                            f"neurons; {again}")
+        if item.permutation.dtype != torch.int64 or not torch.equal(
+            item.permutation.sort().values, torch.arange(alignments.d_ff)
+        ):
+            raise UserError(
+                f"{path}: layer {item.layer} to {item.anchor} is no permutation of {alignments.d_ff} neurons; {again}"
+            )
     return alignments, origin

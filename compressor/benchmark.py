@@ -20,7 +20,19 @@ from .models import OpenModel
 # Installed as compressor.suites; in a source tree they lie where people look for them.
 _SUITE_FOLDERS = (Path(__file__).parent / "suites", Path(__file__).parent.parent / "benchmarks" / "suites")
 # Two figures are compared only where these of their settings are the same.
-_COMPARED_UNDER = ("protocol", "context", "stride", "max_tokens", "detokenised", "joiner", "fingerprint", "part")
+_COMPARED_UNDER = (
+    "protocol",
+    "context",
+    "stride",
+    "max_tokens",
+    "detokenised",
+    "joiner",
+    "fingerprint",
+    "part",
+    "batch",
+    "prompt_tokens",
+    "new_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,8 @@ def benchmark(
     """Measure every model with every metric.
 
     models: name of the row -> model, the first one the baseline; read once and in order, so a mapping may open them as
-    it goes.
+    it goes. A metric that measures models together needs all of them open; it comes first, so that the mistakes in its
+    settings do.
     metrics: names of METRICS, or {"metric": name, setting: value, ...}; the same metric may stand twice with other
     settings. data: metric -> what it measures on. Raises UserError for an unknown metric or setting and missing data.
     """
@@ -113,10 +126,22 @@ def benchmark(
     for metric, _ in chosen:
         if METRICS[metric].needs_data and metric not in data:
             raise UserError(f"metric {metric!r} needs data; give --data D or --data {metric}=D")
+    together: dict[int, list[list[MetricResult]]] = {}  # place among `chosen` -> the results of each model
+    if any(METRICS[metric].together for metric, _ in chosen):
+        models = dict(models.items())
+        for place, (metric, settings) in enumerate(chosen):
+            if METRICS[metric].together:
+                with _progress(metric, quiet) as progress:
+                    together[place] = METRICS[metric].run(
+                        list(models.values()), data.get(metric), progress=progress, **settings
+                    )
     rows = []
-    for name, subject in models.items():
+    for index, (name, subject) in enumerate(models.items()):
         results: list[MetricResult] = []
-        for metric, settings in chosen:
+        for place, (metric, settings) in enumerate(chosen):
+            if place in together:
+                results += together[place][index]
+                continue
             with _progress(f"{name}: {metric}", quiet) as progress:
                 results += METRICS[metric].run(subject, data.get(metric), progress=progress, **settings)
         rows.append(Row(name, subject.name, tuple(results)))

@@ -22,8 +22,16 @@ Batch = tuple[Tensor, Tensor]  # ids int64[rows, context], mask bool[rows, conte
 Consumer = Callable[[int, str, Tensor], None]
 
 
-def capture(model: PreTrainedModel, batches: Iterable[Batch], consumer: Consumer, *, sites: Sequence[str] = ("pre",),
-            layers: Sequence[int] | None = None, progress: Callable[[int], None] | None = None) -> int:
+def capture(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    consumer: Consumer,
+    *,
+    sites: Sequence[str] = ("pre",),
+    layers: Sequence[int] | None = None,
+    start: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> int:
     """Call `consumer(layer, site, activations)` for each layer and site of each batch; returns the tokens seen.
 
     Sites of an FFN: "input" = what c_fc gets (after ln_2) [tokens, d]; "pre" = what c_fc gives [tokens, d_ff];
@@ -33,7 +41,8 @@ def capture(model: PreTrainedModel, batches: Iterable[Batch], consumer: Consumer
     the tokens of all sites in the same order. `activations` holds the real tokens only and may be a view of what the
     model goes on with: the consumer must not change it. Pads stand at the end of a row, where causal attention keeps
     them out of the real tokens, so no attention mask is needed. About 2048 tokens a batch are best: larger ones are no
-    faster and take more memory. `layers` None = all. `progress` gets the tokens of each finished batch.
+    faster and take more memory. `layers` None = all. `progress` gets the tokens of each finished batch. In place of ids
+    a batch may hold the hidden states float[rows, context, d] that enter block `start`.
 
     Modes and hooks are as before when it ends, also by an error. Raises UserError for an unknown site or layer, a row
     longer than the model's positions, and NaN or infinite activations (naming the layer); ValueError for left padding.
@@ -43,8 +52,8 @@ def capture(model: PreTrainedModel, batches: Iterable[Batch], consumer: Consumer
             raise unknown("site", site, SITES)
     n_layer = len(gpt2.blocks(model))
     wanted = sorted(set(range(n_layer) if layers is None else layers))
-    if not wanted or wanted[0] < 0 or wanted[-1] >= n_layer:
-        raise UserError(f"layers {wanted} cannot be captured; the model has layers 0..{n_layer - 1}")
+    if not wanted or wanted[0] < start or wanted[-1] >= n_layer:
+        raise UserError(f"layers {wanted} cannot be captured; the model has layers {start}..{n_layer - 1}")
 
     device = next(model.parameters()).device
     mask: Tensor | None = None  # of the batch under way; None = no pads
@@ -52,8 +61,10 @@ def capture(model: PreTrainedModel, batches: Iterable[Batch], consumer: Consumer
     def hand_on(layer: int, site: str, activations: Tensor) -> None:
         real = activations.flatten(0, 1) if mask is None else activations[mask]
         if not torch.isfinite(real.sum(dtype=torch.promote_types(real.dtype, torch.float32))):
-            raise UserError(f"layer {layer} has NaN or infinite activations (site {site}, {real.dtype}); "
-                            "the weights must be finite, and float16 may need --dtype float32")
+            raise UserError(
+                f"layer {layer} has NaN or infinite activations (site {site}, {real.dtype}); "
+                "the weights must be finite, and float16 may need --dtype float32"
+            )
         consumer(layer, site, real)
 
     seen = 0
@@ -68,7 +79,8 @@ def capture(model: PreTrainedModel, batches: Iterable[Batch], consumer: Consumer
             if tokens == 0:
                 continue
             mask = None if tokens == real_tokens.numel() else real_tokens.to(device)
-            gpt2.run_blocks(model, gpt2.embed(model, ids.to(device)), 0, wanted[-1] + 1)
+            entry = ids.to(device) if ids.is_floating_point() else gpt2.embed(model, ids.to(device))
+            gpt2.run_blocks(model, entry, start, wanted[-1] + 1)
             seen += tokens
             if progress is not None:
                 progress(tokens)

@@ -145,6 +145,7 @@ class SecondMoments:
 
     def __init__(self, width: int, second_width: int | None = None, *, device: torch.device | str = "cpu") -> None:
         """`second_width` = width of y; None: y is x."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 

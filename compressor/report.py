@@ -42,6 +42,8 @@ def table(report: Report, *, markdown: bool = False) -> str:
             parts.append(head)  # the terminal's main table has its perplexity already
         else:
             parts.append(f"{head}\n\n{_layout(*_perplexities(report, protocol), markdown)}")
+    if latencies := _latencies(report):
+        parts.append(f"Latency, models interleaved in one process.\n\n{_layout(*latencies, markdown)}")
     return "\n\n".join(parts)
 
 
@@ -128,6 +130,21 @@ def _perplexities(report: Report, protocol: str) -> tuple[list[str], list[list[s
             ]
         )
     return header, body
+
+
+def _latencies(report: Report) -> tuple[list[str], list[list[str]]] | None:
+    """Median, 90th percentile and ratio of every prefill and decode; None where none was measured."""
+    header = ["model", "regime", "batch", "prompt", "median ms", "p90 ms", "ratio"]
+    body = []
+    for row in report.rows:
+        for result in row.results:
+            if result.metric in ("prefill_latency", "decode_latency"):
+                settings, spread = result.settings, result.spread or {}
+                regime = result.metric.removesuffix("_latency")
+                shape = [str(settings["batch"]), str(settings["prompt_tokens"])]
+                figures = [f"{result.value:.2f}", f"{spread.get('p90', math.nan):.2f}", _ratio(report, row, result)]
+                body.append([row.name, regime, *shape, *figures])
+    return (header, body) if body else None
 
 
 def _how(report: Report, protocol: str) -> str:

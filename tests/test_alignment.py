@@ -36,8 +36,15 @@ from compressor.errors import UserError
 
 WIDTH = 32
 CONFIG = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=5, n_head=2, initializer_range=0.4)
-ORIGIN = artifacts.Provenance(version="0", commit=None, command="test", seed=3, base_model="tiny", base_hash="abc",
-                              data={"calibration": {"fingerprint": "f"}})
+ORIGIN = artifacts.Provenance(
+    version="0",
+    commit=None,
+    command="test",
+    seed=3,
+    base_model="tiny",
+    base_hash="abc",
+    data={"calibration": {"fingerprint": "f"}},
+)
 
 
 @pytest.fixture
@@ -133,8 +140,10 @@ def test_weights_minimise_the_distance(model):
         other = item.permutation.clone()
         other[[first, second]] = item.permutation[[second, first]]
         assert distance(other) > best - 1e-5
-    one, other = (torch.cat([fc.T, bias[:, None], proj], 1) for fc, bias, proj, _ in
-                  (gpt2.ffn_weights(model, 1), permute_ffn(gpt2.ffn_weights(model, 2), item.permutation)))
+    one, other = (
+        torch.cat([fc.T, bias[:, None], proj], 1)
+        for fc, bias, proj, _ in (gpt2.ffn_weights(model, 1), permute_ffn(gpt2.ffn_weights(model, 2), item.permutation))
+    )
     torch.testing.assert_close(item.correlation, torch.cosine_similarity(one, other, dim=1))
 
 
@@ -162,10 +171,17 @@ def test_equals_corrcoef_and_assignment_of_stored_activations(model, site):
         _, columns = linear_sum_assignment(expected, maximize=True)
         assert item.permutation.tolist() == columns.tolist()
         np.testing.assert_allclose(item.correlation, expected[range(WIDTH), columns], atol=1e-6)
-        assert asdict(item.quality) == pytest.approx({
-            "matched": expected[range(WIDTH), columns].mean(), "identity": np.diag(expected).mean(),
-            "random": expected[range(WIDTH), shuffle(5)].mean(), "unmoved": np.mean(columns == np.arange(WIDTH)),
-            "dead_anchor": 0, "dead_layer": 0}, abs=1e-6)
+        assert asdict(item.quality) == pytest.approx(
+            {
+                "matched": expected[range(WIDTH), columns].mean(),
+                "identity": np.diag(expected).mean(),
+                "random": expected[range(WIDTH), shuffle(5)].mean(),
+                "unmoved": np.mean(columns == np.arange(WIDTH)),
+                "dead_anchor": 0,
+                "dead_layer": 0,
+            },
+            abs=1e-6,
+        )
 
 
 def test_assignment_equals_brute_force():
@@ -181,10 +197,13 @@ def test_batches_pads_and_processes_make_no_difference(model):
     padded = torch.cat([ids[:, :9], torch.full((12, 4), 7)], 1), torch.cat([mask[:, :9], ~mask[:, :4]], 1)
     cut = ids[:, :9], mask[:, :9]
     shares = in_two_processes(model, batches(4))
-    for one, other in [(whole, align_activations(model, iter(batches(1)))),
-                       (whole, align_activations(model, batches(5)[::-1])),
-                       (whole, shares[0]), (whole, shares[1]),
-                       (align_activations(model, [cut]), align_activations(model, [padded]))]:
+    for one, other in [
+        (whole, align_activations(model, iter(batches(1)))),
+        (whole, align_activations(model, batches(5)[::-1])),
+        (whole, shares[0]),
+        (whole, shares[1]),
+        (align_activations(model, [cut]), align_activations(model, [padded])),
+    ]:
         assert one.tokens == other.tokens
         for left, right in zip(one.solved, other.solved, strict=True):
             assert torch.equal(left.permutation, right.permutation)
@@ -204,10 +223,13 @@ def in_two_processes(model, shares):
             total = given[0] + given[1]
             barrier.wait()
             return total
+
         results[rank] = align_activations(own, share, all_sum=all_sum)
 
-    threads = [threading.Thread(target=run, args=(rank, copy.deepcopy(model), share))
-               for rank, share in enumerate([shares[:1], shares[1:]])]
+    threads = [
+        threading.Thread(target=run, args=(rank, copy.deepcopy(model), share))
+        for rank, share in enumerate([shares[:1], shares[1:]])
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -219,8 +241,9 @@ def in_two_processes(model, shares):
 def test_memory_slabs_give_the_same_bits(model, pairs_in_memory):
     seen: list[int] = []
     whole = align_activations(model, batches(), pairs="direct", n=3)
-    slabs = align_activations(model, iter(batches()), pairs="direct", n=3, progress=seen.append,
-                              memory_budget=pairs_in_memory * 8 * WIDTH**2)
+    slabs = align_activations(
+        model, iter(batches()), pairs="direct", n=3, progress=seen.append, memory_budget=pairs_in_memory * 8 * WIDTH**2
+    )
     passes = -(-len(whole.solved) // max(1, pairs_in_memory))
     assert seen == [64, 64, 64] * passes
     for one, other in zip(whole.solved, slabs.solved, strict=True):
@@ -245,8 +268,10 @@ def test_constant_neurons_are_matched_and_counted(model):
 
 
 def by_hand(permutations: dict[tuple[int, int], torch.Tensor], method: str = "activation") -> Alignments:
-    solved = tuple(Alignment(*pair, permutation, torch.zeros(6), Quality(0, 0, 0, 0, 0, 0))
-                   for pair, permutation in permutations.items())
+    solved = tuple(
+        Alignment(*pair, permutation, torch.zeros(6), Quality(0, 0, 0, 0, 0, 0))
+        for pair, permutation in permutations.items()
+    )
     return Alignments(method, "pre", "chain", 10, 5, 6, solved)
 
 
@@ -264,8 +289,9 @@ def test_composition_equals_following_each_neuron():
             expected.append(at)
         assert alignments.to_anchor(layer, anchor).tolist() == expected
         distance = abs(layer - anchor)
-        assert alignments.route(layer, anchor) == ("identity" if distance == 0 else
-                                                   "direct" if distance == 1 else "chain")
+        assert alignments.route(layer, anchor) == (
+            "identity" if distance == 0 else "direct" if distance == 1 else "chain"
+        )
 
 
 def test_direct_is_preferred_in_both_directions():
@@ -297,16 +323,19 @@ def test_layer_pairs():
     assert layer_pairs(1) == []
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"pairs": "all"}, "unknown pairs 'all'; allowed: chain, direct"),
-    ({"pairs": "direct"}, "give --n"),
-    ({"pairs": "direct", "n": 6}, "n 6 is out of range for a model of 5 layers"),
-    ({"pairs": "direct", "n": 4, "start": 2}, "allowed: 0 to 1"),
-    ({"pairs": "direct", "n": 4, "anchor": 5}, "allowed: 0 to 4"),
-    ({"pairs": "direct", "n": 4, "start": 1, "anchor": 0}, "outside the window"),
-    ({"pairs": "direct", "n": 4, "anchor": "midle"}, "did you mean 'middle'"),
-    ({"site": "output"}, "unknown site 'output'; allowed: post, pre"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": "all"}, "unknown pairs 'all'; allowed: chain, direct"),
+        ({"pairs": "direct"}, "give --n"),
+        ({"pairs": "direct", "n": 6}, "n 6 is out of range for a model of 5 layers"),
+        ({"pairs": "direct", "n": 4, "start": 2}, "allowed: 0 to 1"),
+        ({"pairs": "direct", "n": 4, "anchor": 5}, "allowed: 0 to 4"),
+        ({"pairs": "direct", "n": 4, "start": 1, "anchor": 0}, "outside the window"),
+        ({"pairs": "direct", "n": 4, "anchor": "midle"}, "did you mean 'middle'"),
+        ({"site": "output"}, "unknown site 'output'; allowed: post, pre"),
+    ],
+)
 def test_refusals(model, options, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         align_activations(model, batches(), **options)
@@ -337,11 +366,21 @@ def test_trained_model():
     ids = torch.tensor(tokenizer(text)["input_ids"][:1024]).view(2, 512)
     mask = torch.ones_like(ids, dtype=torch.bool)
     activations: dict[int, np.ndarray] = {}
-    capture(model, [(ids, mask)], lambda layer, _, x: activations.update({layer: x.double().numpy()}),
-            sites=("post",), layers=[5, 6])
+    capture(
+        model,
+        [(ids, mask)],
+        lambda layer, _, x: activations.update({layer: x.double().numpy()}),
+        sites=("post",),
+        layers=[5, 6],
+    )
     stream = CorrelationStream([(5, 6)], 1024)
-    capture(model, [(ids[:1], mask[:1]), (ids[1:], mask[1:])], lambda layer, _, x: stream.update(layer, x),
-            sites=("post",), layers=[5, 6])
+    capture(
+        model,
+        [(ids[:1], mask[:1]), (ids[1:], mask[1:])],
+        lambda layer, _, x: stream.update(layer, x),
+        sites=("post",),
+        layers=[5, 6],
+    )
     expected = np.corrcoef(activations[5], activations[6], rowvar=False)[:1024, 1024:]
     assert np.abs(stream.correlation(5, 6).numpy() - expected).max() < 1e-6
     for item in align_activations(model, [(ids, mask)]).solved:
@@ -414,18 +453,21 @@ def break_files(folder, change_tensors=None, change_json=None):
     document.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("broken", "message"), [
-    ({"change_tensors": lambda t: t["permutation.2_to_1"].fill_(0)}, "layer 2 to 1 is no permutation of 32"),
-    ({"change_tensors": lambda t: t.update({"permutation.2_to_1": torch.arange(31)})}, "no permutation of 32"),
-    ({"change_tensors": lambda t: t.update({"permutation.2_to_1": torch.arange(32.0)})}, "no permutation of 32"),
-    ({"change_tensors": lambda t: t.pop("permutation.2_to_1")}, "damaged"),
-    ({"change_json": lambda d: d["quality"].pop(1)}, r"lacks the adjacent layers \[\(1, 2\)\]"),
-    ({"change_json": lambda d: d["quality"][1].pop("matched")}, "damaged"),
-    ({"change_json": lambda d: d.pop("d_ff")}, "damaged"),
-    ({"change_json": lambda d: d.update(quality=[1])}, "damaged"),
-    ({"change_json": lambda d: d.update(tensors="0")}, "does not belong"),
-    ({"change_json": lambda d: d.update(kind="windows")}, "expected"),
-])
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"change_tensors": lambda t: t["permutation.2_to_1"].fill_(0)}, "layer 2 to 1 is no permutation of 32"),
+        ({"change_tensors": lambda t: t.update({"permutation.2_to_1": torch.arange(31)})}, "no permutation of 32"),
+        ({"change_tensors": lambda t: t.update({"permutation.2_to_1": torch.arange(32.0)})}, "no permutation of 32"),
+        ({"change_tensors": lambda t: t.pop("permutation.2_to_1")}, "damaged"),
+        ({"change_json": lambda d: d["quality"].pop(1)}, r"lacks the adjacent layers \[\(1, 2\)\]"),
+        ({"change_json": lambda d: d["quality"][1].pop("matched")}, "damaged"),
+        ({"change_json": lambda d: d.pop("d_ff")}, "damaged"),
+        ({"change_json": lambda d: d.update(quality=[1])}, "damaged"),
+        ({"change_json": lambda d: d.update(tensors="0")}, "does not belong"),
+        ({"change_json": lambda d: d.update(kind="windows")}, "expected"),
+    ],
+)
 def test_damaged_files_are_refused_in_one_line(model, tmp_path, broken, message):
     alignment.save(tmp_path, align_weights(model), ORIGIN)
     break_files(tmp_path, **broken)

@@ -177,7 +177,10 @@ def test_progress_goes_to_stderr_unless_quiet(opened, capsys):
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        (["perplexitty"], r"unknown metric 'perplexitty' \(did you mean 'perplexity'\?\); allowed: perplexity, size"),
+        (
+            ["perplexitty"],
+            r"unknown metric 'perplexitty' \(did you mean 'perplexity'\?\); allowed: latency, perplexity, size",
+        ),
         (
             [{"metric": "perplexity", "strid": 4}],
             r"unknown setting of metric perplexity 'strid' \(did you mean 'stride'",

@@ -13,15 +13,17 @@ from compressor.correlation import CorrelationStream, SecondMoments
 CHAIN = [(0, 1), (1, 2)]
 
 
-def activations(tokens: int = 600, width: int = 24, layers: int = 3, offset: float = 0.0, heavy: bool = False,
-                seed: int = 0) -> list[torch.Tensor]:
+def activations(
+    tokens: int = 600, width: int = 24, layers: int = 3, offset: float = 0.0, heavy: bool = False, seed: int = 0
+) -> list[torch.Tensor]:
     """float32[tokens, width] a layer, correlated within and across layers."""
     generator = torch.Generator().manual_seed(seed)
     source = torch.randn(tokens, width, generator=generator)
     result = []
     for _ in range(layers):
         source = source @ (torch.randn(width, width, generator=generator) / width**0.5) + 0.3 * torch.randn(
-            tokens, width, generator=generator)
+            tokens, width, generator=generator
+        )
         result.append((source**7 if heavy else source) + offset * torch.randn(width, generator=generator).sign())
     return result
 
@@ -45,8 +47,11 @@ def random_sizes(total: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-@pytest.mark.parametrize("sizes", [[600], [599, 1], [1] * 600, random_sizes(600, 1), random_sizes(600, 2)],
-                         ids=["one", "last of 1", "all of 1", "random", "random 2"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[600], [599, 1], [1] * 600, random_sizes(600, 1), random_sizes(600, 2)],
+    ids=["one", "last of 1", "all of 1", "random", "random 2"],
+)
 def test_equals_corrcoef(offset, sizes):
     data = activations(offset=offset)
     stream = stream_of(data, sizes)
@@ -68,8 +73,10 @@ def test_naive_sums_would_fail():
     """The data of the offset tests are hard enough: E[xy] - E[x]E[y] in float32 misses the bar by far."""
     first, second = activations(offset=1e3)[:2]
     covariance = first.T @ second / 600 - torch.outer(first.mean(0), second.mean(0))
-    naive = covariance / torch.outer((first.square().mean(0) - first.mean(0) ** 2).clamp(min=1e-7).sqrt(),
-                                     (second.square().mean(0) - second.mean(0) ** 2).clamp(min=1e-7).sqrt())
+    naive = covariance / torch.outer(
+        (first.square().mean(0) - first.mean(0) ** 2).clamp(min=1e-7).sqrt(),
+        (second.square().mean(0) - second.mean(0) ** 2).clamp(min=1e-7).sqrt(),
+    )
     assert np.abs(naive.numpy() - cross_corrcoef(first, second)).max() > 1e-2
 
 
@@ -158,6 +165,7 @@ def in_processes(states):
             total = sum(given[1:], given[0].clone())
             barrier.wait()
             return total
+
         states[rank].reduce(all_sum)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(states))]

@@ -17,13 +17,15 @@ STOREYS = [
     {"cli", "options", "show"},
     {"pipeline"},
     {"session", "facts", "run_folder", "recipe"},  # what the commands share
-    {"verify", "benchmark", "report", "metrics", "rewrites", "alignment", "capture", "correlation"},  # stages
+    {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment", "capture",
+     "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode", "training_schedule",
+     "training_state"},  # stages
     {"models", "checkpoint", "gpt2", "artifacts", "data", "sources", "tokens", "fields", "windows", "errors", "demo",
      "modeling"},  # ground
 ]  # fmt: skip
 # reopen runs in a process of its own, where the package is not; __init__ is the package's face
 APART = {"reopen", "__init__"}
-FROM_REWRITES = {"alignment", "capture", "correlation", *STOREYS[-1]}
+FROM_REWRITES = {"alignment", "assignment", "capture", "correlation", *STOREYS[-1]}
 
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 

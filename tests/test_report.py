@@ -234,3 +234,16 @@ def test_wide_ratios_are_drawn_on_a_log_scale_and_long_names_are_cut():
     rows = make_report(make_row("gpt2", 124_439_808, 25.0), make_row("p" * 80, 100_000_000, 25_000.0))
     _, texts = labels_of(rows)
     assert any(text.startswith("…") and len(text) == 40 for text in texts)
+
+
+def test_latency_has_a_table_with_its_ratio():
+    def row(name: str, milliseconds: float) -> Row:
+        settings = {"protocol": "greedy", "batch": 2, "prompt_tokens": 64, "new_tokens": 8}
+        result = MetricResult("decode_latency", milliseconds, "ms per step", False, 10, {"p90": 9.5}, settings)
+        return Row(name, name, (result,))
+
+    shown = table(Report((row("original", 8.0), row("shallow", 6.0)), ORIGIN))
+    assert [line.split() for line in shown.splitlines() if line.startswith("shallow ")][-1] == [
+        "shallow", "decode", "2", "64", "6.00", "9.50", "0.750",
+    ]  # fmt: skip
+    assert "Latency" not in table(Report((make_row("original", 100, 2.0),), ORIGIN))

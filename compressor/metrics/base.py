@@ -41,9 +41,11 @@ class MetricResult:
 class Metric:
     """An entry of METRICS: `run(subject, data, progress=..., **settings)` measures an OpenModel.
 
-    settings: the names it takes; needs_data: whether it measures on data (else `data` is None).
+    settings: the names it takes; needs_data: whether it measures on data (else `data` is None); together: whether it
+    measures all models at once: `run(subjects, data, ...)` then gives one list of results a subject.
     """
 
-    run: Callable[..., list[MetricResult]]
+    run: Callable[..., list[Any]]  # of MetricResult; together: of lists of them
     settings: frozenset[str]
     needs_data: bool
+    together: bool = False

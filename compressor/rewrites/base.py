@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,21 @@ from ..windows import Window, anchor_layer, check_length, middle_start, tiles, w
 
 
 @dataclass
+class Statistics:
+    """What fits of one original on one calibration text have in common, taken once: moments by layer and site, and the
+    hidden states that enter a layer, one tensor a calibration batch."""
+
+    moments: dict[tuple[int, str], SecondMoments] = field(default_factory=dict)
+    states: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def forget(self, below: int, *, but: Collection[int] = ()) -> None:
+        """Drop the moments of the layers below one, which no later fit of a search asks for."""
+        for layer, site in list(self.moments):
+            if layer < below and layer not in but:
+                del self.moments[layer, site]
+
+
+@dataclass
 class FitContext:
     """What a rewrite may use to fill its weights."""
 
@@ -31,6 +46,7 @@ class FitContext:
     generator: torch.Generator
     layers: dict[int, int]  # original layer -> layer of the result, for the layers that stay
     progress: Callable[[str], None] = lambda message: None
+    statistics: Statistics | None = None  # shared with other fits; None: nothing outlives its use
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Calibration batches on the model's device: ids int64[rows, context], mask bool[rows, context]."""
@@ -40,16 +56,40 @@ class FitContext:
         for ids, mask in self.calibration.batches():
             yield ids.to(device), mask.to(device)
 
+    @torch.no_grad()
+    def entering(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Calibration batches as the hidden states that enter a block of the original: float[rows, context, d], mask
+        bool[rows, context]. Shared statistics keep them, and go on from where an earlier call left off below."""
+        if self.statistics is None:
+            for ids, mask in self.batches():
+                yield gpt2.run_blocks(self.original, gpt2.embed(self.original, ids), 0, layer), mask
+            return
+        states = self.statistics.states
+        if layer not in states:
+            below = max((known for known in states if known < layer), default=None)
+            held = [gpt2.embed(self.original, ids) for ids, _ in self.batches()] if below is None else states.pop(below)
+            states[layer] = [gpt2.run_blocks(self.original, hidden, below or 0, layer) for hidden in held]
+        yield from ((hidden, mask) for hidden, (_, mask) in zip(states[layer], self.batches(), strict=True))
+
     def moments(self, layers: Sequence[int], site: str) -> dict[int, SecondMoments]:
         """Mean and covariance of a site of the original's FFNs, taken in one pass; 8 width^2 bytes a layer."""
-        config = self.original.config
-        width = config.n_embd if site in ("input", "output") else gpt2.d_ff(config)
-        taken = {layer: SecondMoments(width, device=gpt2.device(self.original)) for layer in layers}
-        self.progress(f"second moments of layers {layers[0]} to {layers[-1]} ({site})")
-        capture(
-            self.original, self.batches(), lambda layer, _, x: taken[layer].update(x), sites=(site,), layers=layers
-        )
-        return taken
+        known = {} if self.statistics is None else self.statistics.moments
+        missing = [layer for layer in layers if (layer, site) not in known]
+        if missing:
+            config = self.original.config
+            width = config.n_embd if site in ("input", "output") else gpt2.d_ff(config)
+            taken = {(layer, site): SecondMoments(width, device=gpt2.device(self.original)) for layer in missing}
+            self.progress(f"second moments of layers {missing[0]} to {missing[-1]} ({site})")
+            capture(
+                self.original,
+                self.entering(min(missing)),
+                lambda layer, where, x: taken[layer, where].update(x),
+                sites=(site,),
+                layers=missing,
+                start=min(missing),
+            )
+            known.update(taken)
+        return {layer: known[layer, site] for layer in layers}
 
 
 @dataclass(frozen=True)

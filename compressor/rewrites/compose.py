@@ -11,7 +11,7 @@ from .. import gpt2, models
 from ..alignment import Alignments
 from ..data import TokenBlocks
 from ..errors import UserError
-from .base import FitContext, Rewrite
+from .base import FitContext, Rewrite, Statistics
 
 
 def check(rewrites: Sequence[Rewrite], base: GPT2Config) -> None:
@@ -64,10 +64,12 @@ def apply(
     calibration: TokenBlocks | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda message: None,
+    statistics: Statistics | None = None,
 ) -> GPT2LMHeadModel:
     """The rewritten model, in evaluation mode. Untouched tensors are the original's own: nothing is copied.
 
-    rewrites: resolved. Raises UserError as `check` does.
+    rewrites: resolved. statistics: shared by calls with the same original and calibration text. Raises UserError as
+    `check` does.
     """
     base = original.config
     check(rewrites, base)
@@ -81,7 +83,8 @@ def apply(
             if target is not None and target in wanted:
                 kept[target] = gpt2.for_layer(name, tensor, target, base)
         model.load_state_dict(kept, strict=False, assign=True)
-        context = FitContext(original, alignments, calibration, torch.Generator().manual_seed(seed), layers, progress)
+        generator = torch.Generator().manual_seed(seed)
+        context = FitContext(original, alignments, calibration, generator, layers, progress, statistics or Statistics())
         for rewrite in rewrites:
             rewrite.fit(model, context)
     model.tie_weights()

@@ -150,8 +150,7 @@ def _passages(context: FitContext, window: Window) -> list[tuple[Tensor, Tensor,
     Kept for all rounds: running the layers below again would cost more than the fit, and this is 8 d bytes a token.
     """
     result = []
-    for ids, mask in context.batches():
-        entry = gpt2.run_blocks(context.original, gpt2.embed(context.original, ids), 0, window.start)
+    for entry, mask in context.entering(window.start):
         truth = gpt2.run_blocks(context.original, entry, window.start, window.start + window.n)
         result.append((entry, truth, mask))
     return result

@@ -226,7 +226,8 @@ class _Group:
             cross[layer].update(hidden, x)
 
         context.progress(f"refit of layers {layers[0]} to {layers[-1]}")
-        capture(original, context.batches(), take, sites=("input", "output"), layers=layers)
+        entry = context.entering(layers[0])
+        capture(original, entry, take, sites=("input", "output"), layers=layers, start=layers[0])
         shared = torch.stack([self.weights[layer][3] for layer in layers]).mean(0)
         statistics, linears = {}, {}
         for layer in layers:

@@ -1,0 +1,119 @@
+"""Low-rank adapters on the linears of a model's blocks, y = W x + (alpha / rank) B A x, and their exact merge.
+
+Source: LoRA, arXiv 2106.09685. For models without deltas of their own, and for the control. A shared FFN stands once in
+the bank and gets one adapter; embeddings and the tied head never get one. Adapters exist while a model trains and are
+merged before anybody sees it, so a plain GPT-2 stays one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from . import gpt2
+from .errors import UserError
+
+RANK = 8
+ALPHA = 16.0
+
+
+class LowRankAdapter(nn.Module):
+    """A linear and what is added to its output: scale (x A) B, with A [in, rank], B [rank, out]. It begins as nothing
+    (B = 0) that trains at once (A is not 0)."""
+
+    def __init__(self, linear: Conv1D | nn.Linear, rank: int, alpha: float, generator: torch.Generator | None):
+        super().__init__()
+        self.linear = linear
+        self.scale = alpha / rank
+        weight = linear.weight
+        width_in, width_out = weight.shape if isinstance(linear, Conv1D) else weight.T.shape
+        # the spread of LoRA's own start; drawn on the CPU, so that every device begins alike
+        start = torch.randn(width_in, rank, generator=generator) * (3 * width_in) ** -0.5
+        self.low_rank_a = nn.Parameter(start.to(weight))
+        self.low_rank_b = nn.Parameter(weight.new_zeros(rank, width_out))
+
+    @property
+    def weight(self) -> Tensor:
+        """The linear's own weight: rewrites look it up."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    def forward(self, x: Tensor, *arguments: Tensor | None) -> Tensor:  # float[..., in] -> float[..., out]
+        y = self.linear(x, *arguments)
+        narrow = x.reshape(-1, x.size(-1)) @ self.low_rank_a
+        return torch.addmm(y.view(-1, y.size(-1)), narrow, self.low_rank_b, alpha=self.scale).view_as(y)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W += scale A B, in float64 on the CPU (not every accelerator has it), rounded once."""
+        if not self.low_rank_b.any():
+            return
+        change = self.scale * (self.low_rank_a.cpu().double() @ self.low_rank_b.cpu().double())
+        weight = self.linear.weight
+        weight.copy_(weight.cpu().double() + (change if isinstance(self.linear, Conv1D) else change.T))
+
+
+def attach(
+    model: PreTrainedModel, *, rank: int = RANK, alpha: float = ALPHA, generator: torch.Generator | None = None
+) -> list[nn.Parameter]:
+    """Put an adapter around every linear of the blocks and of the bank; returns the adapters' parameters.
+
+    The model computes what it did before. Nothing else is frozen: that is the trainer's business. Raises UserError for
+    a rank below 1, a model that has adapters already, and linears that share one weight (it would be merged twice).
+    """
+    if rank < 1:
+        raise UserError(f"lora rank is {rank}; allowed: 1 or more")
+    if adapters(model):
+        raise UserError("this model has adapters already; merge or detach them first")
+    places = [
+        (parent, name, child)
+        for root in _roots(model)
+        for parent in root.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, (Conv1D, nn.Linear))
+    ]
+    if len({child.weight.data_ptr() for _, _, child in places}) < len(places):
+        raise UserError("two linears of this model share one weight: an adapter on each would be merged twice")
+    for parent, name, child in places:
+        setattr(parent, name, LowRankAdapter(child, rank, alpha, generator))
+    return [parameter for adapter in adapters(model) for parameter in (adapter.low_rank_a, adapter.low_rank_b)]
+
+
+def adapters(model: PreTrainedModel) -> list[LowRankAdapter]:
+    """The adapters of a model, in its order."""
+    return [child for _, _, child in _places(model)]
+
+
+def merge(model: PreTrainedModel) -> None:
+    """Add every adapter to its linear's weight and put the linear back: modules and state dict are as before `attach`,
+    and the logits those with the adapters, up to rounding."""
+    for adapter in adapters(model):
+        adapter.merge()
+    detach(model)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Put every linear back as it was and forget its adapter."""
+    for parent, name, adapter in _places(model):
+        setattr(parent, name, adapter.linear)
+
+
+def _roots(model: PreTrainedModel) -> list[nn.Module]:
+    """Where linears may be adapted: blocks and bank, never the embeddings or the head."""
+    bank = [gpt2.bank(model)] if hasattr(gpt2.trunk(model), "ffn_bank") else []
+    return [gpt2.blocks(model), *bank]
+
+
+def _places(model: PreTrainedModel) -> list[tuple[nn.Module, str, LowRankAdapter]]:
+    return [
+        (parent, name, child)
+        for root in _roots(model)
+        for parent in root.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, LowRankAdapter)
+    ]

@@ -1,0 +1,80 @@
+"""What is switched on while a model trains, and off again after: which parameters, dropout, precision, fast kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from . import gpt2
+from .errors import UserError
+
+# Up to this context the plain attention's backward beats the fused one's on a CPU in bfloat16 (256 tokens: 1.2 to 1.5
+# times for a whole layer); at 1024 tokens it is the other way round, and in float32 they are alike.
+_EAGER_CONTEXT = 512
+
+
+def autocast_dtype(wanted: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of the products while training: bfloat16 where the machine computes in it, None for the weights' own.
+
+    wanted: auto | bfloat16 | none. Raises UserError for another word.
+    """
+    if wanted not in ("auto", "bfloat16", "none"):
+        raise UserError(f"autocast is {wanted!r}; allowed: auto, bfloat16, none")
+    return torch.bfloat16 if wanted == "bfloat16" or (wanted == "auto" and _has_bfloat16(device)) else None
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # elsewhere oneDNN emulates it, slower than float32
+        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
+    return False
+
+
+def attention_while_training(model: PreTrainedModel, context: int, autocast: torch.dtype | None) -> str:
+    """Which attention implementation trains fastest here."""
+    if gpt2.device(model).type == "cpu" and autocast is not None and context <= _EAGER_CONTEXT:
+        return "eager"
+    return model.config._attn_implementation
+
+
+@contextmanager
+def training(
+    model: PreTrainedModel, parameters: Sequence[nn.Parameter], *, attention: str, dropout: bool
+) -> Iterator[None]:
+    """Only `parameters` get gradients; dropout as told; the attention implementation; GPT-2's GELU as one kernel (the
+    same function, in one pass over memory instead of eight). All comes back as it was."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = [(module, module.training) for module in model.modules()]
+    attention_before = model.config._attn_implementation
+    activations = [
+        (ffn, ffn.act)
+        for ffn in (gpt2.ffn(model, layer) for layer in range(model.config.n_layer))
+        if isinstance(getattr(ffn, "act", None), NewGELUActivation)
+    ]
+    try:
+        model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        model.train(dropout)
+        for ffn, _ in activations:
+            ffn.act = nn.GELU(approximate="tanh")
+        if attention != attention_before:
+            model.set_attn_implementation(attention)
+        yield
+    finally:
+        if attention != attention_before:
+            model.set_attn_implementation(attention_before)
+        for ffn, act in activations:
+            ffn.act = act
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
