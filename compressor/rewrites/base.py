@@ -46,9 +46,7 @@ class FitContext:
         width = config.n_embd if site in ("input", "output") else gpt2.d_ff(config)
         taken = {layer: SecondMoments(width, device=gpt2.device(self.original)) for layer in layers}
         self.progress(f"second moments of layers {layers[0]} to {layers[-1]} ({site})")
-        capture(
-            self.original, self.batches(), lambda layer, _, x: taken[layer].update(x), sites=(site,), layers=layers
-        )
+        capture(self.original, self.batches(), lambda layer, _, x: taken[layer].update(x), sites=(site,), layers=layers)
         return taken
 
 
