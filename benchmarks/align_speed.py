@@ -13,6 +13,7 @@ Random weights of GPT-2 small's shape; all in one process, interleaved, on the s
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import resource
 import statistics
@@ -221,7 +222,13 @@ def main() -> None:
         "",
         f"{platform.machine()}, {torch.get_num_threads()} threads; {versions}.",
         "",
+    ]
+    load = os.getloadavg()[0]
+    lines += [
         *compare(given.repeats),
+        "",
+        f"Load average of the machine: {load:.1f} before, {os.getloadavg()[0]:.1f} after. Above "
+        f"{torch.get_num_threads()} other work ran beside it, and slowed the ways unevenly.",
     ]
     if not given.skip_memory:
         lines += ["", *memory()]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from toy import toy_alignment, toy_blocks, toy_gpt2
@@ -94,6 +96,58 @@ def test_the_same_seed_gives_the_same_weights(original):
     states = [model.state_dict() for model in (one, same, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("record", [DEEP, {**SOFT_LOW, "base": "lsq"}])
+def test_dropout_plays_no_part_in_a_fit(original, record):
+    """GPT-2 has dropout of 0.1, and a freshly built model is in training mode."""
+    plain = apply(_all(original, record), original, toy_alignment(original), calibration=toy_blocks(original.config))
+    noisy = toy_gpt2(n_layer=8, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3).train()
+    noisy.transformer.h[1].eval()
+    made = apply(_all(noisy, record), noisy, toy_alignment(original), calibration=toy_blocks(original.config))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, made.state_dict()[name]), name
+    assert not any(module.training for module in made.modules())
+    assert noisy.training and noisy.transformer.h[0].mlp.training and not noisy.transformer.h[1].training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("record", [{**DEEP, "n": 2}, {**SOFT_LOW, "fold_ln": True}, {**SOFT_HIGH, "base": "mean"}])
+def test_a_half_precision_model_is_fitted_as_well(original, record, dtype):
+    half = copy.deepcopy(original).to(dtype)
+    alignment, blocks, ids = toy_alignment(original), toy_blocks(original.config), torch.arange(60)[None]
+    full, made = (apply(_all(m, record), m, alignment, calibration=blocks) for m in (original, half))
+    assert {parameter.dtype for parameter in made.parameters()} == {dtype}
+    with torch.no_grad():
+        change = (full(ids).logits - original(ids).logits).square().mean()
+        assert (made(ids).logits.float() - full(ids).logits).square().mean() < (
+            0.2 if dtype == torch.bfloat16 else 0.05
+        ) * change
+
+
+def test_ffns_narrower_than_the_model():
+    narrow = toy_gpt2(n_inner=20)
+    records = [
+        {"rewrite": "soft_shared", "n": 2, "start": 0, "rank": 20, "base": "lsq"},
+        {"rewrite": "merged_n", "n": 1, "start": 2, "average": "activation-weighted", "tie": True},
+        {"rewrite": "compressed_n", "n": 1, "start": 3, "collapse": "laco"},
+    ]
+    model = apply(_all(narrow, *records), narrow, toy_alignment(narrow), calibration=toy_blocks(narrow.config))
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        assert (model(ids).logits - narrow(ids).logits).abs().max() <= 1e-4
+
+
+def test_calibration_text_is_asked_for_only_where_it_is_needed(original):
+    for record in (
+        {"rewrite": "merged_n"},
+        {"rewrite": "soft_shared", "delta_init": "svd"},
+        {**DEEP, "collapse": "sum"},
+    ):
+        apply(_all(original, record), original, toy_alignment(original))
+    for record in (SOFT_LOW, DEEP, {"rewrite": "merged_n", "average": "activation-weighted"}):
+        with pytest.raises(UserError, match="fitted on calibration text"):
+            apply(_all(original, record), original, toy_alignment(original))
 
 
 def test_a_second_compression_keeps_the_record_of_the_first(original):

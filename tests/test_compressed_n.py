@@ -11,6 +11,7 @@ from compressor import gpt2, models
 from compressor.alignment import identity
 from compressor.errors import UserError
 from compressor.metrics.size import parameters
+from compressor.rewrites import compressed_n
 from compressor.rewrites.compose import apply, structure
 from compressor.rewrites.compressed_n import CompressedN
 
@@ -84,6 +85,32 @@ def test_fit_brings_the_block_to_the_windows_output(original, alignment):
     assert errors["fit"] < 0.7 * min(value for name, value in errors.items() if name != "fit"), errors
 
 
+def test_fit_is_the_weighted_ridge_regression(original, alignment, monkeypatch):
+    """One round, by ordinary least squares on rows that carry the square roots of their weights."""
+    monkeypatch.setattr(compressed_n, "ROUNDS", 1)
+    _, kept = _make(original, alignment, n=3, start=2, collapse="keep")
+    _, fitted = _make(original, alignment, n=3, start=2, collapse="fit")
+    before, after = gpt2.blocks(kept)[2], gpt2.blocks(fitted)[2]
+    blocks, seen = toy_blocks(original.config), {}
+    for name, linear in (("a", before.attn.c_proj), ("h", before.mlp.c_proj)):
+        linear.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+    with torch.no_grad():
+        entry = gpt2.run_blocks(original, gpt2.embed(original, blocks.ids), 0, 2)
+        truth = gpt2.run_blocks(original, entry, 2, 5)[blocks.mask].double()
+        error = truth - gpt2.run_blocks(kept, entry, 2, 3)[blocks.mask].double()
+    features = torch.cat([seen["a"][blocks.mask], seen["h"][blocks.mask]], 1).double()
+    root = truth.var(1, keepdim=True).rsqrt()
+    weighed = root * torch.cat([features, torch.ones_like(root)], 1)
+    pull = (compressed_n.RIDGE * weighed[:, :-1].square().sum(0).mean()).sqrt() * torch.eye(161)[:-1]
+    rows, targets = torch.cat([weighed, pull]), torch.cat([root * error, torch.zeros(160, 32)])
+    change = torch.linalg.lstsq(rows, targets).solution
+    for name, part in (("attn.c_proj.weight", change[:32]), ("mlp.c_proj.weight", change[32:-1])):
+        moved = after.get_parameter(name) - before.get_parameter(name)
+        assert (moved - part).abs().max() < 1e-4 * part.abs().max() + 1e-5, name
+    assert torch.allclose((after.mlp.c_proj.bias - before.mlp.c_proj.bias).double(), change[-1], atol=1e-4)
+    assert torch.equal(after.attn.c_attn.weight, before.attn.c_attn.weight)
+
+
 def test_fit_ignores_pads(original, alignment):
     rewrite = CompressedN(n=3, start=2, collapse="fit").resolved(original.config)
     blocks = toy_blocks(original.config)
@@ -137,6 +164,30 @@ def test_attention_scaled_by_layer_survives_renumbering():
             hidden = gpt2.run_blocks(model, hidden, layer, layer + 1)
         expected = model.lm_head(gpt2.final_norm(model, hidden))
         assert (compressed(ids).logits - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"collapse": "keep", "attention": "first"},
+        {"collapse": "keep", "attention": "last"},
+        {"collapse": "laco"},
+        {"collapse": "laco", "anchor": "last"},
+    ],
+)
+def test_attention_scaled_by_layer_is_collapsed_as_if_it_were_not(record):
+    """The same function without the flag, each layer's queries divided by its number, gives the same result."""
+    scaled = toy_gpt2(scale_attn_by_inverse_layer_idx=True)
+    plain = toy_gpt2()
+    with torch.no_grad():
+        for layer, block in enumerate(gpt2.blocks(plain)):
+            for parameter in block.attn.c_attn.parameters():
+                parameter[..., :32] /= layer + 1
+        ids, results = torch.arange(50)[None], []
+        for model in (scaled, plain):
+            rewrite = CompressedN(n=3, start=2, **record).resolved(model.config)
+            results.append(apply([rewrite], model, identity(model.config))(ids).logits)
+    assert (results[0] - results[1]).abs().max() <= 1e-3
 
 
 def test_laco_refuses_another_attention(original):

@@ -200,12 +200,13 @@ class TestEveryExample:
         assert len(output.attentions) == model.config.n_layer
 
     def test_save_and_reload(self, make, name, record, change, ids, tmp_path):
-        model = make(name, record)[1]
+        rewrite, model = make(name, record)
         model.save_pretrained(tmp_path)
         again, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
         assert type(again) is type(model) and not loading["missing_keys"] and not loading["unexpected_keys"]
         assert (_logits(again, ids) - _logits(model, ids)).abs().max() == 0
         assert parameters(again) == parameters(model)
+        assert [from_record(item) for item in again.config.compression] == [rewrite]
         size = (tmp_path / "model.safetensors").stat().st_size
         assert 0 <= size - 4 * parameters(model) <= 32768
         assert not [file for pattern in ("*.bin", "*.pt", "*.pkl") for file in tmp_path.glob(pattern)]

@@ -6,12 +6,13 @@ from toy import toy_alignment, toy_blocks, toy_gpt2
 
 from compressor import gpt2, models
 from compressor.alignment import align_activations, identity, permute_layer
+from compressor.capture import capture
 from compressor.errors import UserError
 from compressor.metrics.size import parameters
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply, structure
 from compressor.rewrites.merged_n import MergedN
-from compressor.rewrites.soft_shared import SoftShared
+from compressor.rewrites.soft_shared import RIDGE, SoftShared
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,41 @@ def test_error_falls_with_rank_and_with_knowledge(original, alignment):
     assert ranks == sorted(ranks, reverse=True) and ranks[-1] < 1e-6
     assert error(rank=8) < error(rank=8, delta_init="svd")
     assert error(rank=8, base="lsq") < error(rank=8)
+
+
+@pytest.mark.parametrize("bias", ["per_layer", "shared"])
+def test_lsq_refits_the_output_projections_to_the_true_outputs(original, alignment, bias):
+    """By ordinary least squares on stacked rows: c_proj of each layer, given what the shared c_fc makes of its inputs,
+    against the layer's true outputs; then one base for all of them."""
+    rewrite, model = _make(original, alignment, n=3, start=1, rank=0, base="lsq", bias=bias)
+    shared, seen = gpt2.bank(model)[0], {}
+    capture(
+        original,
+        toy_blocks(original.config).batches(),
+        lambda layer, site, x: seen.setdefault((layer, site), []).append(x.double()),
+        sites=("input", "output"),
+        layers=(1, 2, 3),
+    )
+    rows, targets, means = [], [], {}
+    for layer in (1, 2, 3):
+        x, y = torch.cat(seen[layer, "input"]), torch.cat(seen[layer, "output"])
+        own = shared.c_fc if bias == "shared" else gpt2.ffn(model, layer).c_fc
+        h = gpt2.ffn(original, layer).act(x @ shared.c_fc.weight.double() + own.bias.double())
+        means[layer] = h.mean(0), y.mean(0)
+        if bias == "per_layer":
+            h, y = h - h.mean(0), y - y.mean(0)
+        else:
+            y = y - shared.c_proj.bias.double()
+        near = gpt2.ffn_weights(original, layer)[2][alignment.to_anchor(layer, rewrite.anchor)].double()
+        pull = (RIDGE * h.square().mean() * len(h)).sqrt()
+        rows.append(h)
+        fitted = torch.linalg.lstsq(torch.cat([h, pull * torch.eye(128)]), torch.cat([y, pull * near])).solution
+        targets.append(h @ fitted)
+    base = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution
+    assert (shared.c_proj.weight - base).abs().max() < 1e-3 * base.abs().max()
+    if bias == "per_layer":
+        for layer, (h, y) in means.items():
+            assert (gpt2.ffn(model, layer).c_proj.bias - (y - h @ base)).abs().max() < 1e-3
 
 
 def test_lora_start_is_the_base_alone_and_trains(original, alignment):

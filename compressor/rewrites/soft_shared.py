@@ -229,13 +229,14 @@ class _Group:
         entry = context.entering(layers[0])
         capture(original, entry, take, sites=("input", "output"), layers=layers, start=layers[0])
         shared = torch.stack([self.weights[layer][3] for layer in layers]).mean(0)
-        statistics, linears = {}, {}
+        statistics: dict[int, tuple[Tensor, Tensor]] = {}
+        linears: dict[int, tuple[Tensor, ...]] = {}
         for layer in layers:
             hidden, both = own.pop(layer), cross.pop(layer)
             moment, near = self._moment(hidden), self.weights[layer][2]
             # Without biases of their own the layers' outputs must come right with the shared one.
             pull = both.covariance() if self._centred else both.second_moment().addr_(hidden.mean, shared, alpha=-1)
-            ridge = _RIDGE * moment.diagonal().mean()
+            ridge = RIDGE * moment.diagonal().mean()
             damped = moment.clone()
             damped.diagonal().add_(ridge)
             weight = torch.linalg.solve(damped, pull + ridge * near)
@@ -244,4 +245,4 @@ class _Group:
         return statistics, linears
 
 
-_RIDGE = 1e-2  # of the mean variance of a hidden neuron; without it few tokens overfit (see benchmarks/results)
+RIDGE = 1e-2  # of the mean variance of a hidden neuron; without it few tokens overfit (see benchmarks/results)
