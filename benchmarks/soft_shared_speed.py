@@ -55,7 +55,8 @@ def main() -> None:
 
     def decode(model: GPT2LMHeadModel) -> None:
         cache, token = caches[id(model)], ids[:, :1]
-        cache.crop(options.prefill)
+        if cache.get_seq_length() > options.prefill:
+            cache.crop(options.prefill - cache.get_seq_length())
         for _ in range(options.decode):
             token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
