@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from . import artifacts, gpt2
 from .assignment import Quality, assign, rate
 from .capture import Batch, capture
-from .correlation import AllSum, CorrelationStream
+from .correlation import AllSum, CorrelationStream, LinearCorrelations
 from .errors import UserError, unknown
 from .windows import anchor_layer, check_length
 
@@ -142,8 +142,9 @@ def align_activations(
 ) -> Alignments:
     """Match neurons by the correlation of their activations over the tokens of `batches` (see `capture`).
 
-    `pairs`, `n`, `anchor`, `start`: see `layer_pairs`. `memory_budget`: bytes for the cross matrices (8 d_ff^2 a pair);
-    when they do not fit, the data are run through again for each slab of pairs, with the same result to the bit.
+    `pairs`, `n`, `anchor`, `start`: see `layer_pairs`. `memory_budget`: bytes for the running sums (a pair: 16 d^2 for
+    site pre, 8 d_ff^2 for post); when they do not fit, the data are run through again for each slab of pairs, with the
+    same result to the bit.
     `seed` is for the random permutation of the quality rows. `progress` gets the tokens of each batch of each pass.
     With `all_sum` (e.g. `Accelerator().reduce`) every process gives its share of the batches and gets the same result.
 
@@ -153,7 +154,7 @@ def align_activations(
         raise unknown("site", site, SITES)
     width = gpt2.d_ff(model.config)
     wanted = layer_pairs(len(gpt2.blocks(model)), pairs, n=n, anchor=anchor, start=start)
-    in_a_pass = max(1, memory_budget // (8 * width * width))
+    in_a_pass = max(1, memory_budget // (16 * model.config.n_embd**2 if site == "pre" else 8 * width**2))
     slabs = [wanted[first : first + in_a_pass] for first in range(0, len(wanted), in_a_pass)]
     if len(slabs) > 1:
         batches = list(batches)  # token ids, to be run through again: 9 bytes a token
@@ -173,23 +174,30 @@ def _correlate(
     site: str,
     progress: Callable[[int], None] | None,
     all_sum: AllSum | None,
-) -> CorrelationStream:
-    """One pass over the data for some pairs."""
+) -> CorrelationStream | LinearCorrelations:
+    """One pass over the data for some pairs. Pre-activations are linear in the FFN's input, which is summed instead."""
     device = next(model.parameters()).device
-    stream = CorrelationStream(pairs, gpt2.d_ff(model.config), device="cpu" if device.type == "mps" else device)
-    capture(
-        model,
-        batches,
-        lambda layer, _, activations: stream.update(layer, activations),
-        sites=(site,),
-        layers=stream.layers,
-        progress=progress,
-    )  # on MPS, which knows no float64, the sums are the processor's
+    home = torch.device("cpu") if device.type == "mps" else device  # MPS knows no float64
+    linear = site == "pre"
+    summed = "input" if linear else site
+    stream = CorrelationStream(
+        pairs, model.config.n_embd if linear else gpt2.d_ff(model.config), own=linear, device=home
+    )
+
+    def take(layer: int, at: str, activations: Tensor) -> None:
+        if at == summed:
+            stream.update(layer, activations)
+
+    # Both sites, so that capture's check for NaN names the layer whose pre-activations have them.
+    capture(model, batches, take, sites=(summed, site), layers=stream.layers, progress=progress)
     if all_sum is not None:
         stream.reduce(all_sum)
     if stream.count < 2:
         raise UserError(f"alignment by activation needs at least 2 tokens, got {stream.count}; give more data")
-    return stream
+    if not linear:
+        return stream
+    weights = {layer: gpt2.ffn_weights(model, layer)[:2] for layer in stream.layers}
+    return LinearCorrelations(stream, lambda layer: (weights[layer][0].to(home), weights[layer][1].to(home)))
 
 
 def align_weights(

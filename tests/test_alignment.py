@@ -240,9 +240,10 @@ def in_two_processes(model, shares):
 @pytest.mark.parametrize("pairs_in_memory", [0, 1, 2, 3])
 def test_memory_slabs_give_the_same_bits(model, pairs_in_memory):
     seen: list[int] = []
+    budget = 16 * model.config.n_embd**2  # bytes a pair: its cross scatter and its share of the layers' own
     whole = align_activations(model, batches(), pairs="direct", n=3)
     slabs = align_activations(
-        model, iter(batches()), pairs="direct", n=3, progress=seen.append, memory_budget=pairs_in_memory * 8 * WIDTH**2
+        model, iter(batches()), pairs="direct", n=3, progress=seen.append, memory_budget=pairs_in_memory * budget
     )
     passes = -(-len(whole.solved) // max(1, pairs_in_memory))
     assert seen == [64, 64, 64] * passes
