@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,8 @@ def finetune(
     blocks: training text; evaluation: selection text, None to keep the last state unseen.
     train: auto | deltas | lora | full, see `resolve_train`. batch_tokens: of one step over all processes, in whole
     rows. Loss: summed NLL over the batch's predicted tokens (pads never count) + `penalty` times the mean of the
-    rewrites' penalties; with a teacher (1 - mix) NLL + mix KL(teacher || model) instead of NLL.
+    rewrites' penalties; with a teacher (1 - mix) NLL + mix KL(teacher || model) instead of NLL (the teacher moves to
+    the model's device).
     warm_up: steps (default 5 %). weight_decay: on matrices only. dropout: as the model's config has it, else none.
     evaluate_every: steps (default a fifth of them). autocast: auto | bfloat16 | none. forward_tokens: how many a
     forward pass takes (default by device). checkpoint_every, state_folder, resume: the state is stored after so many
@@ -122,7 +123,7 @@ def finetune(
     """
     _check_models(model, teacher)
     mode = resolve_train(train, model, rewrites)
-    if teacher is not None and mode != "deltas" and _memory_of(teacher) & _memory_of(model):
+    if teacher is model or (teacher is not None and mode != "deltas" and _memory_of(teacher) & _memory_of(model)):
         raise ValueError("the teacher shares memory with the model: it would be changed too")
     if checkpoint_every is not None and state_folder is None:
         raise ValueError("checkpoint_every needs a state_folder")
@@ -132,7 +133,7 @@ def finetune(
     device = gpt2.device(model) if accelerator.num_processes == 1 else accelerator.device
     model.to(device)  # type: ignore[arg-type]
     width = blocks.ids.shape[1]
-    low = autocast_dtype(autocast, device)  # what products are computed in
+    low = autocast_dtype(autocast, device) if model.dtype == torch.float32 else None  # what products are computed in
     settings: dict[str, Any] = {
         "train": mode,
         "steps": steps,
@@ -170,7 +171,12 @@ def finetune(
             forward_rows=max(1, at_once // width),
             progress=progress,
         )
-        with training(model, list(parameters.values()), attention=attention, dropout=dropout):
+        with ExitStack() as switched:
+            switched.enter_context(training(model, list(parameters.values()), attention=attention, dropout=dropout))
+            if teacher is not None:
+                teacher.to(device)  # type: ignore[arg-type]
+                own = teacher.config._attn_implementation
+                switched.enter_context(training(teacher, [], attention=own, dropout=False))
             loop.begin(state_folder, resume)
             loop.run(state_folder, checkpoint_every)
             loop.restore_best()

@@ -102,9 +102,6 @@ class Loop:
             lr=self.settings["learning_rate"],
             fused=self.device.type in ("cpu", "cuda"),
         )
-        for other in self.objective.others:
-            if other is not None:
-                other.to(self.device).eval()  # type: ignore[arg-type]
         stored = None
         if folder is not None and resume:
             with self.accelerator.main_process_first():  # it tidies up what a kill left

@@ -32,7 +32,9 @@ def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":  # elsewhere oneDNN emulates it, slower than float32
-        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+            return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+        known = torch.cpu.get_capabilities()
         return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
     return False
 

@@ -387,6 +387,19 @@ def test_models_that_cannot_be_trained(original, blocks):
         finetune(original, blocks, None, teacher=original)
 
 
+def test_deltas_may_learn_from_the_model_that_lent_them_its_other_weights(blocks):
+    original = toy_gpt2()
+    original.train()
+    rewrite = SoftShared(n=3, start=1, rank=4, delta_init="svd").resolved(original.config)
+    model = apply([rewrite], original, toy_alignment(original))
+    before = tensors(original)
+    result = finetune(model, blocks, None, rewrites=[rewrite], **SETTINGS, teacher=original)
+    assert result.curve[-1].divergence < result.curve[0].divergence
+    assert same_bits(tensors(original), before) and original.training and not model.training
+    with pytest.raises(ValueError, match="shares memory"):
+        finetune(model, blocks, None, rewrites=[rewrite], **SETTINGS, teacher=original, train="full")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
