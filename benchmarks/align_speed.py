@@ -198,7 +198,8 @@ def memory() -> Iterator[str]:
     yield "| ---: | ---: |"
     for tokens, peak in zip(MEMORY_TOKENS, peaks, strict=True):
         yield f"| {tokens:,} | {peak / 2**20:,.0f} |"
-    yield f"\nRatio {peaks[1] / peaks[0]:.3f}; bar: at most {MEMORY_BAR:g}. 792 MiB of it are the 11 cross matrices."
+    yield f"\nRatio {peaks[1] / peaks[0]:.3f}; bar: at most {MEMORY_BAR:g}."
+    yield "Most of it are two assignments at a time; how they overlap differs from run to run."
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 def _take_place(new: Path, path: Path) -> None:
     """Rename `new` to `path`; what is there goes only when its successor is in place."""
     old = path.with_name(_REPLACED + path.name)
-    _remove(old)
+    remove(old)
     if os.path.lexists(path):
         os.replace(path, old)
     try:
@@ -207,7 +207,7 @@ def _take_place(new: Path, path: Path) -> None:
         raise
     _fsync(path.parent)
     with suppress(OSError):  # the next start sweeps it
-        _remove(old)
+        remove(old)
 
 
 @contextmanager
@@ -221,7 +221,7 @@ def new_files(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            files = sorted(temporary.iterdir())
+            files = sorted(temporary.iterdir(), key=lambda file: (file.suffix == ".json", file.name))  # facts come last
             for file in files:
                 if (folder / file.name).is_dir():
                     raise UserError(f"cannot write {folder / file.name}: there is a folder of that name")
@@ -232,11 +232,13 @@ def new_files(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    with _disk_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:
@@ -254,11 +256,11 @@ def sweep(folder: Path) -> None:
         for stale in folder.glob(_REPLACED + "*"):
             place = folder / stale.name.removeprefix(_REPLACED)
             if os.path.lexists(place):
-                _remove(stale)
+                remove(stale)
             else:
                 os.replace(stale, place)
         for stale in folder.glob(_UNFINISHED + "*"):
-            _remove(stale)
+            remove(stale)
 
 
 # ---------------------------------------------------------------- fingerprints

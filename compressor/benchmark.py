@@ -42,6 +42,7 @@ class Row:
     name: str
     source: str
     results: tuple[MetricResult, ...]
+    weights: str = ""  # sha256 over its weight files
 
     def find(self, metric: str, protocol: str | None = None) -> MetricResult | None:
         """The first result of a metric, under a protocol where one is given."""
@@ -61,6 +62,7 @@ class Report:
 
     rows: tuple[Row, ...]
     origin: Provenance
+    metrics: tuple[dict[str, Any], ...] = ()  # what was asked for: {"metric": name, setting: value, ...}
 
     def ratio(self, row: Row, result: MetricResult) -> float | None:
         """`result` over the baseline's, where both are finite and measured in the same way, else None."""
@@ -72,7 +74,8 @@ class Report:
         """The body of report.json: `results` is flat, each with its `model`, `protocol` and `ratio` to the baseline."""
         return {
             "baseline": self.rows[0].name,
-            "models": [{"name": row.name, "source": row.source} for row in self.rows],
+            "models": [{"name": row.name, "source": row.source, "weights": row.weights} for row in self.rows],
+            "metrics": list(self.metrics),
             "results": [
                 {
                     "model": row.name,
@@ -93,10 +96,11 @@ class Report:
                 model["name"],
                 model["source"],
                 tuple(MetricResult.from_dict(record) for record in body["results"] if record["model"] == model["name"]),
+                model.get("weights", ""),
             )
             for model in body["models"]
         )
-        return cls(rows, Provenance(**body["provenance"]))
+        return cls(rows, Provenance(**body["provenance"]), tuple(body.get("metrics", ())))
 
 
 def _comparable(one: MetricResult, other: MetricResult) -> bool:
@@ -144,8 +148,8 @@ def benchmark(
                 continue
             with _progress(f"{name}: {metric}", quiet) as progress:
                 results += METRICS[metric].run(subject, data.get(metric), progress=progress, **settings)
-        rows.append(Row(name, subject.name, tuple(results)))
-    return Report(tuple(rows), origin)
+        rows.append(Row(name, subject.name, tuple(results), subject.hash))
+    return Report(tuple(rows), origin, tuple({"metric": metric, **settings} for metric, settings in chosen))
 
 
 @contextmanager

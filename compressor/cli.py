@@ -28,12 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, overrides = command_line.parse(list(sys.argv[1:] if arguments is None else arguments))
         with warnings.catch_warnings():
             _silence(options)
+            if options.command not in SHARED and not _main_process():
+                return 0
             code = COMMANDS[options.command](options, overrides, notices)
         sys.stdout.flush()
-        for notice in notices if not options.quiet else []:
+        for notice in notices if _main_process() and not options.quiet else []:
             print(notice, file=sys.stderr)
     except UserError as error:
-        print(f"gpt2-compress: {' '.join(str(error).split())}", file=sys.stderr)
+        if _main_process():  # every process finds the same mistake
+            print(f"gpt2-compress: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python complain when it flushes
@@ -45,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpt2-compress: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _main_process() -> bool:
+    """Of those that `accelerate launch` started: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _silence(options: argparse.Namespace) -> None:
@@ -62,6 +70,7 @@ def _silence(options: argparse.Namespace) -> None:
 
 
 def _session(options: argparse.Namespace, notices: list[str]) -> Session:
+    from .processes import processes
     from .session import Session
 
     return Session(
@@ -71,11 +80,14 @@ def _session(options: argparse.Namespace, notices: list[str]) -> Session:
         force=options.force,
         quiet=options.quiet,
         notice=notices.append,
+        processes=processes(),
     )
 
 
 def _print(options: argparse.Namespace, body: dict[str, Any], text: str) -> int:
     """The result, and nothing else, to stdout."""
+    if not _main_process():
+        return 0
     print(json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) if options.json else text)
     return 0
 
@@ -116,19 +128,81 @@ def _align(options: argparse.Namespace, overrides: list[str], notices: list[str]
 
 
 def _rewrite(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
-    from . import pipeline, recipe
+    from . import pipeline
     from .rewrites import from_record
 
-    record: dict[str, Any] = {"rewrite": options.rewrite}
-    if options.start is not None:
-        record["start"] = options.start
-    for override in overrides:
-        key, _, text = override.partition("=")
-        if key in record:
-            raise UserError(f"{override}: {key} is {record[key]!r} already; give it once")
-        record[key] = recipe.parse_yaml(text, override)
+    start = "best" if options.best else options.start
+    if options.best and options.start is not None:
+        raise UserError(f"--best and --start {options.start} say two things; give one")
+    record = _rewrite_record(options, overrides, {} if start is None else {"start": start})
     body = pipeline.rewrite(options.run, [from_record(record)], _session(options, notices))
     return _print(options, {**body, "run": str(options.run)}, show.rewrite(str(options.run / "rewritten"), body))
+
+
+def _rewrite_record(options: argparse.Namespace, overrides: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    from . import recipe
+
+    return {"rewrite": options.rewrite, **given, **_keys(overrides, {"rewrite": options.rewrite, **given}, recipe)}
+
+
+def _keys(overrides: list[str], given: dict[str, Any], recipe: Any) -> dict[str, Any]:
+    """key=value as plain values. Raises UserError for a key that was given already."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key in given or key in values:
+            raise UserError(f"{override}: {key} is {({**given, **values})[key]!r} already; give it once")
+        values[key] = recipe.parse_yaml(text, override)
+    return values
+
+
+def _search(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
+    from . import pipeline
+    from .recipe import Search
+    from .rewrites import from_record
+
+    body = pipeline.search(
+        options.run,
+        from_record(_rewrite_record(options, overrides, {})),
+        Search(
+            strategy=options.strategy,
+            count=options.count,
+            race=options.race,
+            max_tokens=options.max_tokens,
+            context=options.context,
+            target_parameters=options.target_parameters,
+            sizes=options.sizes,
+        ),
+        _session(options, notices),
+        source=options.data,
+        columns=pipeline.Columns(options.text_column, options.split),
+    )
+    return _print(options, {**body, "run": str(options.run)}, show.windows(str(options.run), body))
+
+
+def _finetune(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
+    from . import fields, pipeline, recipe
+
+    given = {name: getattr(options, name) for name in ("steps", "train", "distill", "control")}
+    settings = fields.from_record(recipe.Finetune, {**given, **_keys(overrides, given, recipe)}, "finetune")
+    bodies = pipeline.finetune(
+        options.run,
+        settings,
+        _session(options, notices),
+        source=options.data,
+        columns=pipeline.Columns(options.text_column, options.split),
+        resume=options.resume,
+    )
+    return _print(options, {"run": str(options.run), **bodies}, show.recovery(str(options.run), bodies))
+
+
+def _run(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
+    from . import pipeline, recipe, report
+
+    chosen = recipe.load(options.recipe, _seeded(options, overrides))
+    folder = options.run or pipeline.run_name(options.recipe)
+    result = pipeline.run(folder, chosen, _session(options, notices))
+    return _print(options, result.to_dict(), f"{report.table(result)}\n\n{show.run(str(folder))}")
 
 
 def _benchmark(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
@@ -192,21 +266,17 @@ def _export(options: argparse.Namespace, overrides: list[str], notices: list[str
     return _print(options, body, show.export(body))
 
 
-def _demo(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
-    from . import pipeline, recipe, report
-
-    chosen = recipe.load(options.recipe, _seeded(options, overrides))
-    result = pipeline.demo(options.run, chosen, _session(options, notices))
-    return _print(options, result.to_dict(), f"{report.table(result)}\n\n{show.demo(str(options.run))}")
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], list[str]], int]] = {
     "plan": _plan,
     "align": _align,
+    "search": _search,
     "rewrite": _rewrite,
+    "finetune": _finetune,
     "benchmark": _benchmark,
+    "run": _run,
     "inspect": _inspect,
     "verify": _verify,
     "export": _export,
-    "demo": _demo,
+    "demo": _run,
 }
+SHARED = ("align", "search", "finetune", "run", "demo")  # what several processes do together

@@ -17,6 +17,9 @@ from .metrics.size import flops_per_token, parameters, predicted_bytes
 from .recipe import Recipe
 from .rewrites import Rewrite
 from .rewrites.compose import check, layer_map, structure
+from .search import allowed_windows
+from .search import placed as place
+from .windows import middle_start
 
 FIT_TOKENS = 16384  # calibration tokens that a fit takes its statistics from, where the part has as many
 
@@ -26,7 +29,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     found = models.find(recipe.model)
     config = found.config
     check(recipe.rewrites, config)
-    resolved = [item.resolved(config) for item in recipe.rewrites]
+    resolved = placed_somewhere(recipe.rewrites, config)
     result = structure(resolved, config)
     before, after = parameters(models.build(config)), parameters(models.build(result))
     work = _work(recipe, config)
@@ -40,6 +43,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             if hasattr(item, "windows")
             for window in item.windows(config)
         ],
+        "searched": [getattr(item, "start", None) == "best" for item in recipe.rewrites],
         "layers": result.n_layer,
         "layers_before": config.n_layer,
         "layers_kept": sorted(layer_map(resolved, config)),
@@ -58,11 +62,35 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def placed_somewhere(rewrites: Sequence[Rewrite], config: GPT2Config) -> list[Rewrite]:
+    """The rewrites with every choice made; what a search is to place stands in the middle, or where there is room."""
+    fixed = [item for item in rewrites if getattr(item, "start", None) != "best"]
+    placed = []
+    for item in rewrites:
+        if getattr(item, "start", None) == "best":
+            item = _where_there_is_room(item, fixed, config)
+        placed.append(item.resolved(config))
+    check(placed, config)
+    return placed
+
+
+def _where_there_is_room(item: Rewrite, fixed: Sequence[Rewrite], config: GPT2Config) -> Rewrite:
+    windows = allowed_windows(item, config, [other.resolved(config) for other in fixed])
+    middle = middle_start(config.n_layer, windows[0].n)
+    return place(item, min(windows, key=lambda window: abs(window.start - middle)))
+
+
 def _work(recipe: Recipe, config: GPT2Config) -> int:
-    """Floating-point operations of the alignment's statistics and of the passes over the calibration text."""
+    """Floating-point operations of the alignment's statistics and of all passes over text but the benchmark's."""
     aligned = min(recipe.align.max_tokens, 1 << 30) if recipe.align.method == "activation" else 0
     statistics = 2 * aligned * gpt2.d_ff(config) ** 2 * (config.n_layer - 1)
-    return statistics + flops_per_token(config) * (aligned + FIT_TOKENS)
+    tokens = aligned + FIT_TOKENS
+    if recipe.search is not None and any(getattr(item, "start", None) == "best" for item in recipe.rewrites):
+        tokens += recipe.search.max_tokens * config.n_layer // 2  # a candidate runs what follows its window
+    if recipe.finetune is not None:
+        jobs = 1 + recipe.finetune.control
+        tokens += 3 * jobs * recipe.finetune.steps * recipe.finetune.batch_tokens  # forward and backward
+    return statistics + flops_per_token(config) * tokens
 
 
 def _measured_flops() -> float:

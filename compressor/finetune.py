@@ -6,21 +6,19 @@ This file says what is trained and what comes out; training_loop.py makes the st
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import GPT2LMHeadModel
 
 from . import gpt2, lora
 from .data import TokenBlocks
 from .errors import UserError, unknown
+from .processes import LAUNCH, accelerator
 from .rewrites import Rewrite
 from .training_loop import Evaluation, Loop, Step
 from .training_loss import Objective
@@ -31,7 +29,6 @@ from .training_state import StateFolder
 __all__ = ["TRAIN", "Evaluation", "Recovery", "StateFolder", "Step", "control_train", "finetune", "resolve_train"]
 
 TRAIN = ("auto", "deltas", "lora", "full")
-_LAUNCH = "`accelerate launch --num_processes N -m compressor finetune ...`"
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,8 @@ def finetune(
         raise ValueError("checkpoint_every needs a state_folder")
     if not blocks.mask[:, 1:].any():
         raise UserError(f"the {blocks.part} part of {blocks.source} has no token to predict; give more text")
-    accelerator = _accelerator()
-    device = gpt2.device(model) if accelerator.num_processes == 1 else accelerator.device
+    shared = accelerator()
+    device = gpt2.device(model) if shared.num_processes == 1 else shared.device
     model.to(device)  # type: ignore[arg-type]
     width = blocks.ids.shape[1]
     low = autocast_dtype(autocast, device) if model.dtype == torch.float32 else None  # what products are computed in
@@ -165,7 +162,7 @@ def finetune(
             evaluation=evaluation,
             rewrites=rewrites,
             settings=settings,
-            accelerator=accelerator,
+            accelerator=shared,
             device=device,
             rows=max(1, batch_tokens // width),
             forward_rows=max(1, at_once // width),
@@ -194,7 +191,7 @@ def finetune(
         settings={
             **settings,
             "attention": attention,
-            "processes": accelerator.num_processes,
+            "processes": shared.num_processes,
             "device": device.type,
             "threads": torch.get_num_threads(),
         },
@@ -203,9 +200,9 @@ def finetune(
 
 def _check_models(model: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise UserError(f"the model is wrapped in {type(model).__name__}; for several devices start {_LAUNCH}")
+        raise UserError(f"the model is wrapped in {type(model).__name__}; for several devices start {LAUNCH}")
     if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise UserError(f"the model is spread over several devices; for several devices start {_LAUNCH}")
+        raise UserError(f"the model is spread over several devices; for several devices start {LAUNCH}")
     if model.dtype not in (torch.float32, torch.float64):
         given = str(model.dtype).removeprefix("torch.")
         raise UserError(f"recovery trains float32 weights, these are {given}; leave --dtype out, bfloat16 is autocast")
@@ -242,23 +239,6 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
 
 def _memory_of(model: GPT2LMHeadModel) -> set[int]:
     return {parameter.data_ptr() for parameter in model.parameters()}
-
-
-def _accelerator() -> Accelerator:
-    """Processes and their devices. Its precision is left alone: it is one for a whole process, and ours is not."""
-    accelerator = Accelerator()
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > accelerator.num_processes:  # they would all write the same files
-        raise UserError(
-            f"this is one of {started} processes, but accelerate sees {accelerator.num_processes}; "
-            "to run several on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in kinds:
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; allowed: data parallel, {_LAUNCH}"
-        )
-    return accelerator
 
 
 @contextmanager

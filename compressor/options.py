@@ -91,9 +91,12 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         prog="gpt2-compress",
         description="Make pretrained GPT-2 checkpoints smaller and faster, and prove what that cost.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  gpt2-compress demo\n  gpt2-compress plan compressed_4 model=gpt2\n"
+        epilog="examples:\n  gpt2-compress demo\n"
+        "  gpt2-compress run soft_shared model=gpt2 data=wikitext\n"
+        "  gpt2-compress plan compressed_4 model=gpt2\n"
         "  gpt2-compress align --model gpt2 --data wikitext --run runs/mine\n"
         "  gpt2-compress rewrite --run runs/mine --rewrite soft_shared --n 4 --rank 8\n"
+        "  gpt2-compress finetune --run runs/mine --steps 100 --control\n"
         "  gpt2-compress benchmark runs/mine --out runs/mine --data wikitext",
     )
     parser.add_argument("--version", action="version", version=f"gpt2-compress {__version__}")
@@ -118,8 +121,11 @@ def build() -> tuple[Parser, dict[str, Parser]]:
 
     _plan(command)
     _align(command)
+    _search(command)
     _rewrite(command)
+    _finetune(command)
     _benchmark(command)
+    _run(command)
     inspect = command("inspect", "what a model or a run is", "inspect runs/mine")
     inspect.add_argument("path", metavar="PATH", help=_MODEL)
     verify = command("verify", "reopen in a fresh process: logits, cache, parameters, bytes", "verify runs/mine")
@@ -171,6 +177,16 @@ def _tokens(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 1")
+    return int(text)
+
+
+def _sizes(text: str) -> list[int]:
+    return [_positive(item) for item in text.split(",")]
+
+
 def _layer_or_word(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
@@ -220,6 +236,28 @@ def _align(command: Command) -> None:
     _columns(align)
 
 
+def _search(command: Command) -> None:
+    search = command(
+        "search",
+        "score the windows that a rewrite may take, by perplexity right after it (step 3)",
+        "search --run runs/mine --rewrite soft_shared --n 4 --rank 8",
+        "search --run runs/mine --rewrite compressed_n --n 4 --race --max-tokens 65536",
+        "search --run runs/mine --rewrite merged_n tie=true --target-parameters 100M --sizes 2,4",
+        keys=True,
+    )
+    search.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `align` made")
+    search.add_argument("--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n")
+    search.add_argument("--data", metavar="D", help=f"selection text (default: the run's): {_DATA}")
+    search.add_argument("--strategy", choices=("all", "middle", "random"), default="all", help="which windows: all")
+    search.add_argument("--count", type=_positive, default=1, metavar="N", help="how many, for --strategy random")
+    search.add_argument("--race", action="store_true", help="drop windows that are clearly behind")
+    search.add_argument("--max-tokens", type=_tokens, default=16384, metavar="N", help="selection tokens: 16384")
+    search.add_argument("--context", type=_tokens, metavar="N", help="of a selection block: 256, or the model's")
+    search.add_argument("--target-parameters", metavar="N", help="such as 100M: several windows jointly, down to this")
+    search.add_argument("--sizes", type=_sizes, metavar="N,N", help="the n that these windows may have")
+    _columns(search)
+
+
 def _rewrite(command: Command) -> None:
     rewrite = command(
         "rewrite",
@@ -231,8 +269,47 @@ def _rewrite(command: Command) -> None:
     rewrite.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `align` made")
     rewrite.add_argument("--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n")
     rewrite.add_argument(
-        "--start", type=int, metavar="S", help="first layer of the window (default: the middle window)"
+        "--start", type=int, metavar="S", help="first layer of the window (default: the search's, else the middle)"
     )
+    rewrite.add_argument("--best", action="store_true", help="take what `search` found, or fail")
+
+
+def _finetune(command: Command) -> None:
+    tune = command(
+        "finetune",
+        "recover by a short training (step 5)",
+        "finetune --run runs/mine --steps 100 --control",
+        "finetune --run runs/mine --train full --learning-rate 1e-4 --distill --data wikitext",
+        "finetune --run runs/mine --resume",
+        keys=True,
+    )
+    tune.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `rewrite` made")
+    tune.add_argument("--data", metavar="D", help=f"training and selection text (default: the run's): {_DATA}")
+    tune.add_argument("--steps", type=_positive, default=100, metavar="N", help="default: 100, of 4096 tokens each")
+    tune.add_argument(
+        "--train",
+        choices=("auto", "deltas", "lora", "full"),
+        default="auto",
+        help="what is trained: the deltas, adapters that are merged at the end, everything; auto: deltas where there "
+        "are any, else lora",
+    )
+    tune.add_argument("--distill", action="store_true", help="learn from the original's predictions")
+    tune.add_argument("--control", action="store_true", help="also tune the original on the same budget")
+    tune.add_argument("--resume", action="store_true", help="go on where an interrupted one stopped")
+    _columns(tune)
+
+
+def _run(command: Command) -> None:
+    run = command(
+        "run",
+        "all of it: align, search, rewrite, finetune, benchmark; an interrupted run goes on",
+        "run soft_shared model=gpt2 data=wikitext",
+        "run compressed_4 --run runs/shallow finetune.steps=500",
+        "run my-recipe.yaml search.race=true",
+        keys=True,
+    )
+    run.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
+    run.add_argument("--run", type=_folder, metavar="DIR", help="default: runs/RECIPE")
 
 
 def _benchmark(command: Command) -> None:
@@ -245,7 +322,7 @@ def _benchmark(command: Command) -> None:
     bench.add_argument("models", nargs="+", metavar="MODEL", help=f"{_MODEL}; a run folder gives all of its models")
     bench.add_argument("--out", required=True, metavar="DIR", type=_folder, help="where the report goes")
     chosen = bench.add_mutually_exclusive_group()
-    chosen.add_argument("--metrics", metavar="A,B,C", help="default: perplexity,size")
+    chosen.add_argument("--metrics", metavar="A,B,C", help="default: perplexity,size; also latency")
     chosen.add_argument("--suite", metavar="NAME", help="quick, full, or a .yaml file")
     bench.add_argument("--data", nargs="+", default=[], metavar="[METRIC=]D", help=_DATA)
     bench.add_argument("--max-tokens", type=_tokens, metavar="N", help="score the first N tokens only (default: all)")

@@ -1,342 +1,233 @@
-"""One function a command: files in, files out. The mathematics is in the stages; the printing is in cli.py.
+"""The whole pipeline: one function a command, and `run`, which does all of them and goes on where it was interrupted.
 
-`plan` and `inspect`, which write nothing, are in facts.py.
+The steps are in steps/, one file each; `plan` and `inspect`, which write nothing, in facts.py; the printing in cli.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import alignment, artifacts, benchmark, data, models, report, run_folder, verify
-from .alignment import Alignments
+from . import artifacts, benchmark, data, models, report, run_folder
+from .benchmark import Report
 from .errors import UserError
-from .facts import FIT_TOKENS, inspect, plan
-from .metrics.size import flops_per_token, parameters, weight_bytes
-from .models import OpenModel
-from .recipe import Align, Recipe
-from .rewrites import Rewrite, from_record
-from .rewrites.compose import apply, check
-from .session import ANYWHERE, Columns, Session, lasting_data, must_be_folder
-from .windows import Window
+from .facts import inspect, placed_somewhere, plan
+from .finetune import resolve_train
+from .recipe import Recipe, parse_yaml
+from .rewrites import Rewrite
+from .rewrites.compose import check, structure
+from .session import Columns, Session, lasting_data, must_be_folder
+from .steps.align import align
+from .steps.measure import run_benchmark
+from .steps.prove import export, verify_model
+from .steps.recover import CHECKPOINTS, finetune
+from .steps.rewrite import rewrite
+from .steps.search import found_windows, search, searched_with, windows_file
 
 __all__ = [
     "Columns",
     "Session",
     "align",
-    "demo",
     "export",
+    "finetune",
     "inspect",
     "plan",
     "rewrite",
+    "run",
     "run_benchmark",
+    "search",
     "verify_model",
 ]
 
-# ---------------------------------------------------------------- align
+RECIPE = "recipe.yaml"
+# What `run --force` makes anew; whatever else lies in the folder is not its own.
+_MADE = ("report.json", "report.md", report.PLOT, CHECKPOINTS, "recovered", "control", "rewritten", run_folder.WINDOWS,
+         "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
 
 
-def align(
-    run: Path,
-    model: str,
-    source: str | Mapping[str, str],
-    settings: Align,
-    session: Session,
-    *,
-    n: int | None = None,
-    anchor: str | int = "middle",
-    columns: Columns = ANYWHERE,
-) -> Alignments:
-    """Steps 1 and 2: write alignment.safetensors and alignment.json into the run folder."""
-    run = Path(run)
-    must_be_folder(run)
-    if (run / "config.json").is_file():
-        raise UserError(f"{run} is a model's folder; give another --run")
-    if (run / "alignment.json").exists() and not session.force:
-        raise UserError(f"{run} has an alignment already; give another --run, or --force to replace it")
-    alignment.layer_pairs(models.find(model).config.n_layer, settings.pairs, n=n, anchor=anchor)  # before the work
-    opened = session.open(model)
-    _must_be_plain(opened)
-    specs = (
-        lasting_data(source)
-        if isinstance(source, str)
-        else {part: lasting_data(spec) for part, spec in data.specs(source).items()}
-    )
-    text = data.recipe_text(source, "calibration", text_column=columns.text_column, split=columns.split)
-    config = opened.model.config
-    blocks = data.token_blocks(
-        text,
-        opened.tokenizer,
-        context=config.n_positions,
-        max_tokens=settings.max_tokens,
-        seed=session.seed,
-        evenly=True,
-    )
-    facts = {
-        **data.describe(text),
-        "specs": specs,
-        "named": data.specs(source),
-        "tokens": blocks.tokens,
-        "block_fingerprint": blocks.fingerprint,
-        "text_column": columns.text_column,
-        "split_given": columns.split,
-    }
-    if settings.method == "none":
-        solved = alignment.identity(config)
-    elif settings.method == "weight":
-        solved = alignment.align_weights(opened.model, pairs=settings.pairs, n=n, anchor=anchor, seed=session.seed)
-    else:
-        with session.bar("align", blocks.tokens) as bar:
-            solved = alignment.align_activations(
-                opened.model,
-                blocks.batches(),
-                site=settings.site,
-                pairs=settings.pairs,
-                n=n,
-                anchor=anchor,
-                seed=session.seed,
-                progress=bar.update,
-            )
-    if run.is_dir():
-        artifacts.sweep(run)
-    with artifacts.new_files(run) as folder:
-        alignment.save(folder, solved, session.origin(opened, {"calibration": facts}))
-    return solved
+def run(folder: Path, recipe: Recipe, session: Session) -> Report:
+    """Every step of a recipe, into one run folder; returns its report.
 
-
-def _must_be_plain(opened: OpenModel) -> None:
-    if not opened.plain:
-        raise UserError(
-            f"{opened.name} is a compressed GPT-2 already; `gpt2-compress export {opened.name} --dense OUT` "
-            "makes a plain one to start from"
-        )
-
-
-# ---------------------------------------------------------------- rewrite
-
-
-def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[str, Any]:
-    """Step 4: write rewritten/ into the run folder; returns the body of its report.json."""
-    run = Path(run)
-    target = run / "rewritten"
-    if target.exists() and not session.force:
-        raise UserError(f"{target} exists already; give another --run, or --force to replace it")
-    aligned = run_folder.aligned(run)
-    solved = aligned.alignments
-    config = models.find(aligned.base_model).config
-    check(rewrites, config)
-    resolved = [item.resolved(config) for item in rewrites]
-    for given, item in zip(rewrites, resolved, strict=True):
-        if getattr(given, "start", 0) is None and getattr(item, "start", None) is not None:
-            session.notice(f"{item.name}: no --start given; taking the middle window, from layer {item.start}")  # type: ignore[attr-defined]
-    base = session.open(aligned.base_model)
-    if base.hash != aligned.base_hash:
-        raise UserError(
-            f"the alignment in {run} is of another model than {base.name} is now (its weights differ); "
-            "make it anew with `gpt2-compress align --force`"
-        )
-    facts = aligned.calibration
-    calibration = _calibration(base, facts, aligned.seed)
-    with session.bar("rewrite") as bar:
-        model = apply(
-            resolved,
-            base.model,
-            solved,
-            calibration=calibration,
-            seed=session.seed,
-            progress=lambda message: bar.set_postfix_str(message),
-        )
-    before = parameters(base.model)
-    artifacts.sweep(run)
-    with artifacts.new_folder(target, force=session.force) as folder:
-        models.save(model, folder, base.tokenizer, base.stored_dtype)
-        body = {
-            "rewrites": [item.record() for item in resolved],
-            "alignment": {
-                "method": solved.method,
-                "site": solved.site,
-                "tokens": solved.tokens,
-                "routes": _routes(resolved, base, solved),
-            },
-            "fit_tokens": calibration.tokens,
-            "layers": model.config.n_layer,
-            "layers_before": base.model.config.n_layer,
-            "parameters": parameters(model),
-            "parameters_before": before,
-            "bytes": weight_bytes(folder),
-            "bytes_before": weight_bytes(base.folder),
-            "flops_per_token": flops_per_token(model),
-            "flops_per_token_before": flops_per_token(base.model),
-            "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
-            "probe": models.probe(model.float()),  # of the saved numbers: `model` has become the files' dtype
-        }
-        artifacts.write_json(
-            folder / verify.REPORT,
-            "rewrite",
-            body,
-            session.origin(base, {"calibration": {**facts, "tokens": calibration.tokens}}),
-        )
-    return body
-
-
-def _calibration(base: OpenModel, facts: Mapping[str, Any], seed: int) -> data.TokenBlocks:
-    """The calibration text that the alignment was made on, more of it where the part has more."""
-    text = data.recipe_text(facts["specs"], "calibration", text_column=facts["text_column"], split=facts["split_given"])
-    if text.fingerprint != facts["fingerprint"]:
-        raise UserError(
-            f"the calibration text of {text.source} has changed since the alignment was made; "
-            "make it anew with `gpt2-compress align --force`"
-        )
-    return data.token_blocks(
-        text, base.tokenizer, context=base.model.config.n_positions, max_tokens=FIT_TOKENS, seed=seed, evenly=True
-    )
-
-
-def _routes(rewrites: Sequence[Rewrite], base: OpenModel, solved: Alignments) -> list[dict[str, Any]]:
-    """Which permutation each layer of each window took: direct, composed along the chain, or none."""
-    windows: list[Window] = [
-        window for item in rewrites if hasattr(item, "windows") for window in item.windows(base.model.config)
-    ]
-    return [
-        {"layer": layer, "anchor": window.anchor, "route": solved.route(layer, window.anchor)}
-        for window in windows
-        for layer in window.layers
-        if layer != window.anchor
-    ]
-
-
-# ---------------------------------------------------------------- verify and export
-
-
-def verify_model(path: str, session: Session) -> list[verify.Check]:
-    """Reopen a model in a fresh process and compare."""
-    if models.parse_dtype(session.dtype) != torch.float32:
-        raise UserError(f"verify computes in float32, in both processes; --dtype {session.dtype} is not allowed")
-    return verify.verify(session.open(path), trust=session.force)
-
-
-def export(path: str, out: Path, session: Session) -> dict[str, Any]:
-    """Fold a model to dense plain GPT-2 and save it. Replaces a model's folder only, whatever `session.force` says."""
-    out = Path(out)
-    if session.force and out.exists() and not (out.is_dir() and ((out / "config.json").is_file() or _empty(out))):
-        raise UserError(f"{out} is no model's folder and is not replaced; give another folder")
-    if out.exists() and not session.force:
-        raise UserError(f"{out} exists already; give another folder or --force to replace it")
-    opened = session.open(path)
-    model = opened.model
-    for record in getattr(model.config, "compression", None) or []:
-        model = from_record(record).fold(model) or model
-    if model.config.model_type != "gpt2":
-        raise UserError(f"{path} cannot be expressed as plain GPT-2")
-    with artifacts.new_folder(out, force=session.force) as folder:
-        models.save(model, folder, opened.tokenizer, opened.stored_dtype)
-        size = weight_bytes(folder)
-    return {
-        "path": str(out),
-        "layers": model.config.n_layer,
-        "parameters": parameters(model),
-        "parameters_before": parameters(opened.model),
-        "bytes": size,
-        "flops_per_token": flops_per_token(model),
-    }
-
-
-def _empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
-
-
-# ---------------------------------------------------------------- benchmark
-
-
-class _Opened(Mapping[str, OpenModel]):
-    """Rows that are opened one after the other, so that only one model is in memory."""
-
-    def __init__(self, rows: Mapping[str, str], session: Session):
-        self._rows, self._session = dict(rows), session
-
-    def __getitem__(self, name: str) -> OpenModel:
-        return self._session.open(self._rows[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-
-def run_benchmark(
-    names: Sequence[str],
-    out: Path,
-    metrics: Sequence[Any],
-    sources: Mapping[str, str],
-    session: Session,
-    *,
-    columns: Columns = ANYWHERE,
-) -> benchmark.Report:
-    """Step 6: measure models side by side; write report.json, report.md and plots into `out`.
-
-    sources: metric -> D; the empty key is for every metric that has none of its own.
+    Finished steps stay as they are and an interrupted one goes on, so that a killed run that is started again ends in
+    the same files. Raises UserError, before anything is written, for what the recipe, the model or the data do not
+    allow, and for a folder that holds another recipe's run or a step that was made otherwise, unless session.force,
+    which makes all of it anew.
     """
-    out = Path(out)
-    must_be_folder(out)
-    if (out / "config.json").is_file():
-        raise UserError(f"{out} is a model's folder; give another --out")
-    if (out / "report.json").exists() and not session.force:
-        raise UserError(f"{out} has a report already; give another --out, or --force to replace it")
-    chosen = benchmark.check_metrics(metrics)
-    for metric in sources:
-        if metric and (metric not in dict(chosen) or not benchmark.METRICS[metric].needs_data):
-            raise UserError(
-                f"data for {metric!r}, which is not measured here or needs none; measured: {_names(chosen)}"
-            )
-    rows = run_folder.rows(names)
-    found = {row: models.find(model) for row, model in rows.items()}  # every mistake before the first figure
-    texts: dict[str, data.Text] = {}
-    for metric, _ in chosen:
-        if benchmark.METRICS[metric].needs_data and metric not in texts:
-            texts[metric] = _text(metric, names, sources, columns)
-    for text in {text.fingerprint: text for text in texts.values()}.values():
-        run_folder.warn_of_overlap(found, text, session.notice)
-    run_folder.warn_of_twins(found, session.notice)
-    first = session.open(next(iter(rows.values())))
-    origin = session.origin(first, {metric: data.describe(text) for metric, text in texts.items()})
-    del first
-    result = benchmark.benchmark(_Opened(rows, session), metrics, texts, origin=origin, quiet=session.silent)
-    if out.is_dir():
-        artifacts.sweep(out)
-    with artifacts.new_files(out) as folder:
-        report.write(folder, result)
-    return result
-
-
-def _names(chosen: Sequence[tuple[str, Any]]) -> str:
-    return ", ".join(dict.fromkeys(name for name, _ in chosen))
-
-
-def _text(metric: str, names: Sequence[str], sources: Mapping[str, str], columns: Columns) -> data.Text:
-    spec = sources.get(metric) or sources.get("")
-    if spec is None:
-        return run_folder.test_text(metric, names, columns.text_column, columns.split)
-    return data.text(spec, "all", text_column=columns.text_column, split=columns.split)
-
-
-# ---------------------------------------------------------------- demo
-
-
-def demo(run: Path, recipe: Recipe, session: Session) -> benchmark.Report:
-    """The whole pipeline in one go: align, rewrite, benchmark of the original and the result."""
-    run = Path(run)
-    must_be_folder(run)
-    if run.exists() and not _empty(run) and not session.force:
-        raise UserError(f"{run} exists already; give another --run, or --force to replace it")
-    check(recipe.rewrites, models.find(recipe.model).config)
-    data.recipe_text(recipe.data, "calibration")
+    folder = Path(folder)
     session = dataclasses.replace(session, seed=recipe.seed)
-    artifacts.write_bytes(run / "recipe.yaml", recipe.dump().encode())
-    align(run, recipe.model, recipe.data, recipe.align, session)
-    rewrite(run, recipe.rewrites, session)
-    return run_benchmark([str(run)], run, recipe.benchmark.metrics, {}, session)
+    must_be_folder(folder)
+    _check(recipe)
+    with session.alone() as here:
+        if here:
+            _claim(folder, recipe, session)
+    session = dataclasses.replace(session, force=False)  # what was there is gone or stays
+    _align(folder, recipe, session)
+    _search(folder, recipe, session)
+    with session.alone() as here:
+        if here:
+            _rewrite(folder, recipe, session)
+    if recipe.finetune is not None:
+        finetune(folder, recipe.finetune, session, resume=True)
+    with session.alone() as here:
+        if here:
+            _benchmark(folder, recipe, session)
+    return report.read(folder)
+
+
+def _check(recipe: Recipe) -> None:
+    """Every mistake that can be seen before the first step."""
+    found = models.find(recipe.model)
+    config = found.config
+    check(recipe.rewrites, config)
+    somewhere = placed_somewhere(recipe.rewrites, config)
+    result = models.build(structure(somewhere, config))
+    wanted = ["calibration", "test"]
+    if recipe.search is not None and _searched(recipe) is not None:
+        wanted.append("selection")
+    contexts = dict.fromkeys(("calibration", "selection", "training", "test"), 2)
+    if recipe.finetune is not None:
+        resolve_train(recipe.finetune.train, result, somewhere)
+        wanted += ["selection", "training"]
+        contexts["training"] = recipe.finetune.context or config.n_positions
+        if contexts["training"] > config.n_positions:
+            raise UserError(f"finetune: context is {contexts['training']}; allowed: 2 to {config.n_positions}")
+    contexts["calibration"] = config.n_positions
+    tokenizer = models.open_tokenizer(recipe.model, found.folder, config)
+    for part in dict.fromkeys(wanted):
+        text = data.recipe_text(recipe.data, part)
+        context = contexts[part]
+        data.token_blocks(text, tokenizer, context=context, max_tokens=context, seed=0, evenly=False)
+
+
+def _searched(recipe: Recipe) -> int | None:
+    """Which rewrite of a recipe the search is for."""
+    return next((index for index, item in enumerate(recipe.rewrites) if getattr(item, "start", None) == "best"), None)
+
+
+def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
+    """Write recipe.yaml, or find the same one there. Raises UserError for a folder with something else in it."""
+    stored = folder / RECIPE
+    if session.force:
+        _clear(folder)
+    elif stored.is_file():
+        earlier = parse_yaml(stored.read_text(encoding="utf-8"), str(stored))
+        now = parse_yaml(recipe.dump(), "the recipe")
+        if earlier != now:
+            differ = [key for key in now if not isinstance(earlier, dict) or earlier.get(key) != now[key]]
+            raise UserError(
+                f"{folder} holds a run of another recipe ({', '.join(differ) or 'other keys'} differ); give another "
+                "--run, or --force to make all of it anew"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists already and is no run of a recipe; give another --run, or --force")
+    if not stored.is_file():
+        artifacts.write_bytes(stored, recipe.dump().encode())
+    artifacts.sweep(folder)
+
+
+def _clear(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a model's folder; give another --run")
+    for name in _MADE:
+        artifacts.remove(folder / name)
+
+
+def _align(folder: Path, recipe: Recipe, session: Session) -> None:
+    if not (folder / "alignment.json").is_file():
+        align(folder, recipe.model, recipe.data, recipe.align, session)
+        return
+    aligned = run_folder.aligned(folder)
+    facts, solved, wanted = aligned.calibration, aligned.alignments, recipe.align
+    specs: Any = (
+        lasting_data(recipe.data)
+        if isinstance(recipe.data, str)
+        else {part: lasting_data(spec) for part, spec in data.specs(recipe.data).items()}
+    )
+    same = {
+        "model": aligned.base_hash == artifacts.hash_files(list(models.find(recipe.model).files)),
+        "data": facts["specs"] == specs,
+        "seed": aligned.seed == recipe.seed,
+        "max_tokens": facts.get("max_tokens") == wanted.max_tokens,
+        "method": solved.method == wanted.method,
+        "site": solved.site == (wanted.site if wanted.method == "activation" else None),
+        "pairs": solved.pairs == (solved.pairs if wanted.method == "none" else wanted.pairs),
+    }
+    _refuse(folder / "alignment.json", same)
+
+
+def _search(folder: Path, recipe: Recipe, session: Session) -> None:
+    index = _searched(recipe)
+    if index is None or recipe.search is None:
+        return
+    others = [item for place, item in enumerate(recipe.rewrites) if place != index]
+    aligned = run_folder.aligned(folder)
+    if found_windows(folder, recipe.rewrites[index], aligned) is not None:
+        config = models.find(recipe.model).config
+        then = searched_with(folder)
+        same = {
+            "settings": then["settings"] == dataclasses.asdict(recipe.search),
+            "seed": then["seed"] == recipe.seed,
+            "others": then["others"] == [item.resolved(config).record() for item in others],
+        }
+        _refuse(windows_file(folder), same)
+        return
+    search(folder, recipe.rewrites[index], recipe.search, session, others=others)
+
+
+def _rewrite(folder: Path, recipe: Recipe, session: Session) -> None:
+    config = models.find(recipe.model).config
+    # a recipe says where: without a start, in the middle
+    chosen: list[Rewrite] = [
+        item if getattr(item, "start", 0) == "best" else item.resolved(config) for item in recipe.rewrites
+    ]
+    made = run_folder.steps(folder).get("rewritten")
+    if made is None:
+        rewrite(folder, chosen, session)
+        return
+    aligned = run_folder.aligned(folder)
+    wanted = [record for item in chosen for record in _records(folder, item, aligned)]
+    then = run_folder.made(models.find(str(made)))
+    same = {
+        "rewrites": then is not None and then["rewrites"] == wanted,
+        "alignment": then is not None and then["alignment"]["tensors"] == aligned.tensors,
+        "seed": then is not None and then["provenance"]["seed"] == recipe.seed,
+    }
+    _refuse(made, same)
+
+
+def _records(folder: Path, item: Rewrite, aligned: run_folder.Aligned) -> list[dict[str, Any]]:
+    plan = found_windows(folder, item, aligned) if getattr(item, "start", None) == "best" else None
+    if plan is None:
+        return [item.record()]
+    return [{**item.record(), "start": window.start, "n": window.n, "anchor": window.anchor} for window in plan]
+
+
+def _refuse(made: Path, same: dict[str, bool]) -> None:
+    """What a standalone command made in between is not silently replaced, nor built upon."""
+    different = [name for name, alike in same.items() if not alike]
+    if different:
+        raise UserError(
+            f"{made} is not what this recipe makes ({', '.join(different)} differ); give another --run, or --force to "
+            "make all of it anew"
+        )
+
+
+def _benchmark(folder: Path, recipe: Recipe, session: Session) -> None:
+    chosen = benchmark.check_metrics(recipe.benchmark.metrics)
+    if (folder / "report.json").is_file():
+        earlier = report.read(folder)
+        now = {
+            row: artifacts.hash_files(list(models.find(model).files))
+            for row, model in run_folder.rows([str(folder)]).items()
+        }
+        metrics = [{"metric": metric, **settings} for metric, settings in chosen]
+        if {row.name: row.weights for row in earlier.rows} == now and list(earlier.metrics) == metrics:
+            return
+        session = dataclasses.replace(session, force=True)  # of models that are no longer these
+    run_benchmark([str(folder)], folder, recipe.benchmark.metrics, {}, session)
+
+
+def run_name(recipe: str) -> Path:
+    """Where `run` puts a recipe's run unless told."""
+    return Path("runs") / Path(recipe).stem

@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from . import benchmark, data, fields
 from .errors import UserError, unknown
 from .rewrites import REWRITES, Rewrite, from_record
+from .rewrites.base import WindowRewrite
 
+T = TypeVar("T")
 _SOURCE_TREE = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -28,8 +30,70 @@ class Align:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Step 3. Used where a rewrite has start=best."""
+
+    strategy: Literal["all", "middle", "random"] = "all"
+    count: int = 1  # windows to draw, for strategy=random
+    race: bool = False  # drop windows that are clearly behind
+    max_tokens: int = 16384  # of selection text
+    context: int | None = None  # null: 256, less where the model has fewer positions
+    target_parameters: int | float | str | None = None  # such as 100M: several windows jointly
+    sizes: list | None = None  # the n that these may have; null: the rewrite's
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.max_tokens < 2:
+            raise UserError(f"search: count is {self.count}, max_tokens {self.max_tokens}; allowed: 1, 2 or more")
+        if self.sizes is not None:
+            if self.target_parameters is None:
+                raise UserError("search: sizes are for target_parameters; give both")
+            if not self.sizes or not all(type(size) is int and size >= 1 for size in self.sizes):
+                raise UserError(f"search: sizes is {self.sizes!r}; allowed: a list of whole numbers from 1")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Step 5, recovery."""
+
+    train: Literal["auto", "deltas", "lora", "full"] = "auto"
+    steps: int = 100
+    batch_tokens: int = 4096  # of a step, over all processes
+    learning_rate: float = 1e-3
+    penalty: float = 1e-4
+    distill: bool = False  # learn from the original as well
+    mix: float = 1.0  # the teacher's share of the loss where it does
+    control: bool = True  # also tune the untouched original on the same budget
+    context: int | None = None  # null: the model's positions
+    selection_tokens: int = 16384  # the best state is chosen on
+    evaluate_every: int | None = None  # steps; null: a fifth of them
+    checkpoint_every: int = 25  # steps
+    warm_up: int | None = None  # steps; null: a twentieth of them
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    dropout: bool = False
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "selection_tokens", "checkpoint_every", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise UserError(f"finetune: {name} is {getattr(self, name)}; allowed: 1 or more")
+        for name in ("learning_rate", "penalty", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise UserError(f"finetune: {name} is {getattr(self, name)}; allowed: 0 or more")
+        if not 0 <= self.mix <= 1:
+            raise UserError(f"finetune: mix is {self.mix}; allowed: 0 to 1")
+        for name in ("context", "evaluate_every", "warm_up"):
+            least = {"context": 2, "evaluate_every": 1, "warm_up": 0}[name]
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"finetune: {name} is {value}; allowed: {least} or more")
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    metrics: list = field(default_factory=lambda: ["perplexity", "size"])
+    metrics: list = field(default_factory=lambda: ["perplexity", "latency", "size"])
 
 
 @dataclass(frozen=True)
@@ -40,7 +104,9 @@ class Recipe:
     data: str | dict[str, str]
     seed: int
     align: Align
+    search: Search | None
     rewrites: tuple[Rewrite, ...]
+    finetune: Finetune | None
     benchmark: Benchmark
 
     def record(self) -> dict[str, Any]:
@@ -50,7 +116,9 @@ class Recipe:
             "data": self.data,
             "seed": self.seed,
             "align": dataclasses.asdict(self.align),
+            "search": None if self.search is None else dataclasses.asdict(self.search),
             "rewrites": [rewrite.record() for rewrite in self.rewrites],
+            "finetune": None if self.finetune is None else dataclasses.asdict(self.finetune),
             "benchmark": dataclasses.asdict(self.benchmark),
         }
 
@@ -168,14 +236,35 @@ def from_plain(record: Mapping[str, Any]) -> Recipe:
     align = fields.from_record(Align, _section(record, "align"), "align")
     if align.max_tokens < 2:
         raise UserError(f"align: max_tokens is {align.max_tokens}; allowed: 2 or more")
+    search = _optional(Search, record, "search")
+    chosen = [from_record(item) for item in rewrites]
+    if len(chosen) == 1 and search is not None and "start" not in rewrites[0]:
+        (only,) = chosen
+        if isinstance(only, WindowRewrite) and only.scope == "window":
+            chosen = [dataclasses.replace(only, start="best")]
+    searched = [index for index, item in enumerate(chosen) if getattr(item, "start", None) == "best"]
+    if searched and search is None:
+        raise UserError(f"rewrites.{searched[0]}: start=best needs a search, which is null; give a layer")
+    if len(searched) > 1:
+        raise UserError(
+            f"rewrites.{searched[0]} and rewrites.{searched[1]} both have start=best; one can be searched for, "
+            "give the others a layer"
+        )
     return Recipe(
         model=fields.typed("recipe", "model", record.get("model", "demo"), str),
         data=sources,
         seed=seed,
         align=align,
-        rewrites=tuple(from_record(item) for item in rewrites),
+        search=search,
+        rewrites=tuple(chosen),
+        finetune=_optional(Finetune, record, "finetune"),
         benchmark=metrics,
     )
+
+
+def _optional(cls: type[T], record: Mapping[str, Any], name: str) -> T | None:
+    """A section that null switches off; its defaults where it is not given."""
+    return None if name in record and record[name] is None else fields.from_record(cls, _section(record, name), name)
 
 
 def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:

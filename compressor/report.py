@@ -35,14 +35,15 @@ def read(folder: Path) -> Report:
 def table(report: Report, *, markdown: bool = False) -> str:
     """The before/after table, and one more table for every protocol of perplexity after the first."""
     protocols = _protocols(report)
-    parts = [_layout(*_overview(report, protocols[0] if protocols else None), markdown)]
+    parts = [_layout(*_overview(report, protocols[0] if protocols else None, markdown), markdown)]
     for protocol in protocols:
         head = _how(report, protocol)
         if protocol == protocols[0] and not markdown:
             parts.append(head)  # the terminal's main table has its perplexity already
         else:
             parts.append(f"{head}\n\n{_layout(*_perplexities(report, protocol), markdown)}")
-    if latencies := _latencies(report):
+    latencies = _latencies(report)
+    if latencies and (markdown or _several_kinds(report)):  # the main table has the first kind
         parts.append(f"Latency, models interleaved in one process.\n\n{_layout(*latencies, markdown)}")
     return "\n\n".join(parts)
 
@@ -80,36 +81,36 @@ def _protocols(report: Report) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _overview(report: Report, protocol: str | None) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "model",
-        "parameters",
-        "ratio",
-        "non-zero",
-        "embeddings",
-        "bytes",
-        "FLOPs/token",
-        "perplexity",
-        "perplexity ratio",
-    ]
-    body = []
-    for row in report.rows:
-        count, size, flops = row.find("parameters"), row.find("bytes"), row.find("flops_per_token")
-        score = row.find("perplexity", protocol) if protocol else None
-        body.append(
-            [
-                row.name,
-                f"{count.value:,}" if count else MISSING,
-                _ratio(report, row, count),
-                f"{count.settings['non_zero'] / count.value:.1%}" if count else MISSING,
-                f"{count.settings['embedding_share']:.1%}" if count else MISSING,
-                f"{scaled(size.value)}B" if size else MISSING,
-                scaled(flops.value) if flops else MISSING,
-                _number(score),
-                _ratio(report, row, score),
-            ]
-        )
-    return header, body
+def _overview(report: Report, protocol: str | None, markdown: bool) -> tuple[list[str], list[list[str]]]:
+    """The main table; a terminal gets the columns that one looks at first."""
+    columns: dict[str, list[str]] = {"model": [row.name for row in report.rows]}
+
+    def add(header: str, cells: Sequence[str], wanted: bool = True) -> None:
+        if wanted and any(cell != MISSING for cell in cells):
+            columns[header] = list(cells)
+
+    counts = [row.find("parameters") for row in report.rows]
+    sizes = [row.find("bytes") for row in report.rows]
+    flops = [row.find("flops_per_token") for row in report.rows]
+    scores = [row.find("perplexity", protocol) if protocol else None for row in report.rows]
+    add("parameters", [f"{count.value:,}" if count else MISSING for count in counts])
+    add("ratio", _ratios(report, counts))
+    shares = [f"{count.settings['non_zero'] / count.value:.1%}" if count else MISSING for count in counts]
+    add("non-zero", shares, markdown)
+    add("embeddings", [f"{count.settings['embedding_share']:.1%}" if count else MISSING for count in counts], markdown)
+    add("bytes", [f"{scaled(size.value)}B" if size else MISSING for size in sizes])
+    add("FLOPs/token", [scaled(item.value) if item else MISSING for item in flops])
+    add("perplexity", [_number(score) for score in scores])
+    add("perplexity ratio", _ratios(report, scores))
+    for regime in ("prefill", "decode"):
+        times = [row.find(f"{regime}_latency") for row in report.rows]
+        add(f"{regime} ms", [f"{item.value:.2f}" if item else MISSING for item in times])
+        add(f"{regime} ratio", _ratios(report, times))
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def _ratios(report: Report, results: Sequence[MetricResult | None]) -> list[str]:
+    return [_ratio(report, row, result) for row, result in zip(report.rows, results, strict=True)]
 
 
 def _perplexities(report: Report, protocol: str) -> tuple[list[str], list[list[str]]]:
@@ -130,6 +131,10 @@ def _perplexities(report: Report, protocol: str) -> tuple[list[str], list[list[s
             ]
         )
     return header, body
+
+
+def _several_kinds(report: Report) -> bool:
+    return sum(result.metric == "prefill_latency" for result in report.rows[0].results) > 1
 
 
 def _latencies(report: Report) -> tuple[list[str], list[list[str]]] | None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import alignment, data, fields, models, verify
+from . import alignment, artifacts, data, fields, models, verify
 from .alignment import Alignments
 from .checkpoint import Checkpoint, structure_hash
 from .errors import UserError
 
-STEPS = ("rewritten", "recovered")  # the models of a run, in the order they are made
+STEPS = ("control", "rewritten", "recovered")  # the models of a run, in the order of a table
+WINDOWS = "windows.json"
 
 
 def is_run(path: str | Path) -> bool:
@@ -27,6 +28,7 @@ class Aligned:
     """The alignment of a run folder, and what a later step must know of how it was made."""
 
     alignments: Alignments
+    tensors: str  # sha256 of alignment.safetensors: which alignment this is
     base_model: str
     base_hash: str
     seed: int
@@ -58,7 +60,8 @@ def aligned(path: str | Path) -> Aligned:
                 fields.typed("quality", key, value, float)
         for key, wanted in {"base_model": str, "base_hash": str, "seed": int}.items():
             fields.typed("provenance", key, origin[key], wanted)
-        return Aligned(alignments, origin["base_model"], origin["base_hash"], origin["seed"], facts)
+        tensors = artifacts.hash_files([folder / "alignment.safetensors"])
+        return Aligned(alignments, tensors, origin["base_model"], origin["base_hash"], origin["seed"], facts)
     except (KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{folder / 'alignment.json'} is damaged ({error}); make it anew with `gpt2-compress align --force`"
@@ -97,7 +100,7 @@ def rows(names: Sequence[str]) -> dict[str, str]:
         folder = Path(name).expanduser()
         base = aligned(folder).base_model
         made_here = steps(folder)
-        if not made_here:
+        if set(made_here) <= {"control"}:
             raise UserError(f"{name} has no rewritten model yet; `gpt2-compress rewrite --run {name}` makes one")
         if models.locate(base).resolve() not in places:
             add("original" if len(names) == 1 else base, base)

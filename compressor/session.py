@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from . import artifacts, data, models
 from .artifacts import Provenance
 from .errors import UserError
 from .models import OpenModel
+from .processes import ALONE, Processes, accelerator
 
 Notice = Callable[[str], None]
 
@@ -29,14 +31,23 @@ class Session:
     force: bool = False
     quiet: bool = False
     notice: Notice = lambda message: None
+    processes: Processes = ALONE
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.processes.main
 
     @property
     def silent(self) -> bool:
-        """No progress bars: they are not wanted, or stderr is no terminal."""
-        return self.quiet or not sys.stderr.isatty()
+        """No progress bars: they are not wanted, stderr is no terminal, or another process shows them."""
+        return self.quiet or not self.main or not sys.stderr.isatty()
 
     def open(self, name: str) -> OpenModel:
-        return models.open_model(name, device=self.device, dtype=self.dtype)
+        device = self.device
+        if device is None and self.processes.world > 1:  # each its own
+            device = str(accelerator().device)
+        return models.open_model(name, device=device, dtype=self.dtype)
 
     def origin(self, base: OpenModel, texts: Mapping[str, Any]) -> Provenance:
         return artifacts.provenance(
@@ -48,8 +59,17 @@ class Session:
             dtype=str(base.model.dtype).removeprefix("torch."),
         )
 
-    def bar(self, title: str, total: int | None = None) -> tqdm:
-        return tqdm(desc=title, total=total, unit="token", disable=self.silent, leave=False)
+    def bar(self, title: str, total: int | None = None, unit: str = "token") -> tqdm:
+        return tqdm(desc=title, total=total, unit=unit, disable=self.silent, leave=False, dynamic_ncols=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """What one process does while the others wait: gives whether this one does it."""
+        if self.main:
+            yield True
+        self.processes.wait()
+        if not self.main:
+            yield False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -25,6 +26,11 @@ def plan(body: dict[str, Any]) -> str:
             f"FLOPs per token  {_change(body['flops_per_token_before'], body['flops_per_token'])}",
             f"time to make     about {body['seconds_to_make']:.0f} s here",
             *([f"note             {note}"] if (note := _twins(body)) else []),
+            *(
+                ["note             the search chooses the window; this one stands for it"]
+                if any(body["searched"])
+                else []
+            ),
         ]
     )
 
@@ -111,9 +117,65 @@ def export(body: dict[str, Any]) -> str:
     )
 
 
-def demo(run: str) -> str:
-    """Where to go from a finished demo."""
+def windows(run: str, body: dict[str, Any]) -> str:
+    """The windows that were scored, the best first, and how sure that is."""
+    rows = sorted(
+        body["candidates"], key=lambda row: (row["windows"] != body["winner"], _far(row["behind"]), _far(row["nll"]))
+    )
+    lines = [
+        f"{body['scored']['rewrite']['rewrite']} on {sum(body['block_tokens']):,} tokens of selection text; behind: "
+        "paired on the same blocks, +- a standard error:",
+        "",
+        "layers              perplexity  behind",
+    ]
+    for row in rows:
+        score = "-" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+        lines.append(f"{_plan_name(row['windows']):18}  {score:>10}  {_behind(row, body['winner'])}")
+    near = [_plan_name(row["windows"]) for row in body["candidates"] if row["indistinguishable"] and row["windows"]]
+    lines.append("")
+    lines.append(f"{run}/windows.json: best is {_plan_name(body['winner'])}")
+    if near:
+        lines.append(f"not to be told from it on this text: {'; '.join(near)}")
+    return "\n".join(lines)
+
+
+def _behind(row: dict[str, Any], winner: list[dict[str, Any]] | None) -> str:
+    """How far a window is behind the best, as a change of perplexity."""
+    if row["windows"] == winner:
+        return "best"
+    if not row["windows"] or row["behind"] is None or row["behind"] > 5:
+        return "" if not row["windows"] else "far"
+    error = "" if row["error"] is None else f" +- {math.expm1(row['error']):.2%}"
+    note = "  within the noise" if row["indistinguishable"] else ""
+    dropped = f"  dropped after {row['blocks']} blocks" if row["dropped"] else ""
+    return f"{math.expm1(row['behind']):+.2%}{error}{note}{dropped}"
+
+
+def _far(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _plan_name(plan: list[dict[str, Any]]) -> str:
+    return " + ".join(f"{item['start']}-{item['start'] + item['n'] - 1}" for item in plan) or "the original"
+
+
+def recovery(run: str, bodies: dict[str, dict[str, Any]]) -> str:
+    """What a recovery did to each model."""
+    lines = []
+    for name, body in bodies.items():
+        done, score = body["recovery"], body["selection_perplexity"]
+        rate = done["tokens"] / done["training_seconds"] if done["training_seconds"] else math.nan
+        lines.append(
+            f"{run}/{name}: {done['train']}, {done['trainable']:,} parameters, {done['steps']} steps, best at "
+            f"{done['best_step']}; selection perplexity {score['before']:.2f} -> {score['after']:.2f}; "
+            f"{rate:,.0f} tokens/s"
+        )
+    return "\n".join(lines)
+
+
+def run(folder: str) -> str:
+    """Where to go from a finished run."""
     return (
-        f"{run}/rewritten opens with from_pretrained; `gpt2-compress verify {run}` proves it; {run}/report.md has the "
-        "table"
+        f"{folder} opens with from_pretrained (recovered/, rewritten/); `gpt2-compress verify {folder}` proves it; "
+        f"{folder}/report.md has the table"
     )

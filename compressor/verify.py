@@ -20,7 +20,9 @@ from .metrics.size import parameters
 from .models import OpenModel, probe
 
 TOLERANCE = 1e-4  # on logits in float32: other kernels, other order of sums
-REPORT = "report.json"  # what `rewrite` leaves beside a model
+REPORT = "report.json"  # what `rewrite` and `finetune` leave beside a model
+RECOVERY = "recovery"
+MADE_BY = {"rewrite": "rewrite", RECOVERY: "finetune"}  # kind of such a report -> command
 SENTENCE = "The film was long, but its 3 endings were not."
 _HEADER = 64 * 1024  # bytes of names and shapes a safetensors file may have beside the weights
 _MODELING = Path(modeling.__file__).parent
@@ -105,18 +107,35 @@ def verify(opened: OpenModel, *, trust: bool = False) -> list[Check]:
 
 
 def made(folder: Path, config: GPT2Config) -> dict[str, Any] | None:
-    """The report that `rewrite` left beside a model; None where there is none. Raises UserError for a damaged one."""
+    """The report that `rewrite` or `finetune` left beside a model; None where there is none.
+
+    Raises UserError for a damaged one. A plain model may have any report.json: only one of these kinds counts.
+    """
     path = Path(folder) / REPORT
-    if not getattr(config, "compression", None) or not path.is_file():  # a foreign model may have any report.json
+    if not path.is_file():
         return None
-    document = artifacts.read_json(path, "rewrite", "rewrite --force")
+    kind = _kind(path)
+    if kind not in MADE_BY:
+        if not getattr(config, "compression", None):
+            return None
+        kind = "rewrite"  # said to be damaged below
+    remedy = f"{MADE_BY[kind]} --force"
+    document = artifacts.read_json(path, kind, remedy)
     shapes = {"weights": str, "parameters": int, "parameters_before": int, "probe": dict, "provenance": dict}
-    wrong = [key for key, kind in shapes.items() if not isinstance(document.get(key), kind)]
+    wrong = [key for key, shape in shapes.items() if not isinstance(document.get(key), shape)]
     if not wrong and not all(_numbers(document["probe"].get(key)) for key in ("ids", "tokens", "logits", "logsumexp")):
         wrong = ["probe"]
     if wrong:
-        raise UserError(f"{path} is damaged ({', '.join(wrong)}); make it anew with `gpt2-compress rewrite --force`")
+        raise UserError(f"{path} is damaged ({', '.join(wrong)}); make it anew with `gpt2-compress {remedy}`")
     return document
+
+
+def _kind(path: Path) -> str | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document.get("kind") if isinstance(document, dict) else None
 
 
 def _numbers(value: Any) -> bool:

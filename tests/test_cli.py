@@ -517,7 +517,15 @@ def test_a_recipe_from_a_file_with_keys_anywhere(tmp_path, tiny_folder, run):
 
 
 def test_the_seed_option_is_the_recipes_seed(tmp_path, tiny_folder, text_file, run):
-    keys = [f"model={tiny_folder}", f"data={text_file}", "align.max_tokens=300", "benchmark.metrics=[size]", "n=3"]
+    keys = [
+        f"model={tiny_folder}",
+        f"data={text_file}",
+        "align.max_tokens=300",
+        "benchmark.metrics=[size]",
+        "n=3",
+        "start=1",
+        "finetune=null",
+    ]
     said = run("demo", *keys, "--seed", 7, "--run", tmp_path / "r", "--json")
     assert said.code == 0 and {row["model"] for row in said.json["results"]} == {"original", "rewritten"}
     assert "seed: 7" in (tmp_path / "r" / "recipe.yaml").read_text()

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import make_config, make_model
 
-from compressor import facts, pipeline
+from compressor import facts, pipeline, show
 from compressor.facts import inspect, plan
 from compressor.metrics.size import parameters
 from compressor.recipe import load
@@ -15,11 +15,11 @@ from compressor.rewrites import from_record
 
 KEYS = {"layers", "parameters", "parameters_before", "bytes", "flops_per_token"}  # of the contract
 CASES = [
-    ("soft_shared", ["n=3", "rank=4"]),
+    ("soft_shared", ["n=3", "rank=4", "search=null"]),
     ("soft_shared", ["n=2", "rank=0", "scope=tile", "bias=shared", "delta_init=svd", "base=mean"]),
     ("merged_4", ["n=3", "start=2"]),
-    ("merged_4", ["n=3", "tie=false"]),
-    ("compressed_4", ["n=4"]),
+    ("merged_4", ["n=3", "tie=false", "search=null"]),
+    ("compressed_4", ["n=4", "search=null"]),
     ("compressed_4", ["n=2", "start=4", "collapse=mean"]),
 ]
 
@@ -53,6 +53,16 @@ def test_windows_of_a_plan(tiny_folder):
     body = plan(load("compressed_4", [f"model={tiny_folder}", "n=3", "scope=tile"]))
     assert [window["layers"] for window in body["windows"]] == [[0, 1, 2], [3, 4, 5]] and body["layers"] == 2
     assert body["layers_kept"] == [1, 4]
+
+
+def test_a_window_that_is_to_be_searched_for_stands_in_the_middle_or_where_there_is_room(tiny_folder):
+    body = plan(load("soft_shared", [f"model={tiny_folder}", "n=3"]))
+    assert body["searched"] == [True] and "the search chooses the window" in show.plan(body)
+    two = "rewrites=[{rewrite: compressed_n, n: 2, start: 2}, {rewrite: soft_shared, n: 2, start: best}]"
+    body = plan(load("soft_shared", [f"model={tiny_folder}", two]))
+    assert body["searched"] == [False, True]
+    layers = [window["layers"] for window in body["windows"]]
+    assert layers[0] == [2, 3] and layers[1] in ([0, 1], [4, 5])
 
 
 def test_a_shared_model_is_smaller_and_a_plain_average_is_not(tiny_folder):

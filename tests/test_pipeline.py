@@ -415,28 +415,6 @@ def test_a_report_is_not_overwritten_unasked_nor_lost(made_run, tmp_path, sessio
 # ---------------------------------------------------------------- demo
 
 
-def test_the_demo_runs_every_step(tmp_path, tiny_folder, text_file, session):
-    keys = [f"model={tiny_folder}", f"data={text_file}", "n=3", "rank=4", "align.max_tokens=500", "seed=5"]
-    chosen = load("soft_shared", [*keys, "benchmark.metrics=[{metric: perplexity, max_tokens: 300}, size]"])
-    run = tmp_path / "run"
-    result = pipeline.demo(run, chosen, session)
-    assert [row.name for row in result.rows] == ["original", "rewritten"]
-    assert load(str(run / "recipe.yaml")) == chosen
-    assert alignment.load(run)[1]["seed"] == 5
-    before = tree(run)
-    with pytest.raises(UserError, match="exists already"):
-        pipeline.demo(run, chosen, session)
-    assert tree(run) == before
-
-
-@pytest.mark.parametrize("keys", [["n=9"], ["rank=99"], ["data=none.txt"], ["model=./none"]])
-def test_a_demo_that_cannot_work_writes_nothing(tmp_path, tiny_folder, text_file, session, keys):
-    chosen = load("soft_shared", [f"model={tiny_folder}", f"data={text_file}", "n=3", *keys])
-    with pytest.raises(UserError):
-        pipeline.demo(tmp_path / "runs" / "x", chosen, session)
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize(
     ("terminal", "quiet", "drawn"), [(True, False, True), (True, True, False), (False, False, False)]
 )

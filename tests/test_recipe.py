@@ -201,7 +201,18 @@ def test_what_a_recipe_cannot_be_is_said_in_one_line(override, said):
         ("- 1", "is no mapping of keys"),
         ("rewrites: [{rewrite: soft_shared}]\nrewrites: []", "stands twice"),
         ("rewrites: [{rewrite: soft_shared}]\nmodle: x", "unknown recipe key 'modle' (did you mean 'model'?)"),
-        ("rewrites: [{rewrite: soft_shared}]\nsearch: null", "unknown recipe key 'search'"),
+        ("rewrites: [{rewrite: soft_shared, start: best}]\nsearch: null", "start=best needs a search"),
+        (
+            "rewrites: [{rewrite: soft_shared, start: best}, {rewrite: compressed_n, start: best}]",
+            "rewrites.0 and rewrites.1 both have start=best",
+        ),
+        ("rewrites: [{rewrite: soft_shared}]\nsearch: {strategy: some}", "search: strategy is 'some'"),
+        ("rewrites: [{rewrite: soft_shared}]\nsearch: {sizes: [2]}", "sizes are for target_parameters"),
+        ("rewrites: [{rewrite: soft_shared}]\nfinetune: {stepz: 2}", "did you mean 'steps'?"),
+        ("rewrites: [{rewrite: soft_shared}]\nfinetune: {steps: 0}", "finetune: steps is 0"),
+        ("rewrites: [{rewrite: soft_shared}]\nfinetune: {learning_rate: -1}", "learning_rate is -1.0"),
+        ("rewrites: [{rewrite: soft_shared}]\nfinetune: {mix: 2}", "mix is 2.0; allowed: 0 to 1"),
+        ("rewrites: [{rewrite: soft_shared}]\nfinetune: {evaluate_every: 0}", "evaluate_every is 0"),
         ("rewrites: [{rewrite: soft_shared, rank: no}]", "rank is 'no'"),
         ("model: x", "rewrites is None"),
         ("rewrites: [{rewrite: soft_shared}]\nalign:", "align is None"),
@@ -218,3 +229,16 @@ def test_recipes_that_are_not_there(tmp_path, write):
     assert "cannot be read" in refusal(str(tmp_path / "folder.yaml"))
     (tmp_path / "latin.yaml").write_bytes(b"model: \xff")
     assert "cannot be read" in refusal(str(tmp_path / "latin.yaml"))
+
+
+def test_where_a_window_is_searched_for(write):
+    def start(text: str):
+        return load(write(text)).rewrites[0].start
+
+    assert start("rewrites: [{rewrite: soft_shared}]") == "best"  # the contract's default
+    assert start("rewrites: [{rewrite: soft_shared, start: 2}]") == 2
+    assert start("rewrites: [{rewrite: soft_shared}]\nsearch: null") is None  # the middle
+    assert start("rewrites: [{rewrite: soft_shared, scope: tile}]") is None
+    assert start("rewrites: [{rewrite: soft_shared}, {rewrite: compressed_n}]") is None
+    off = load(write("rewrites: [{rewrite: soft_shared}]\nsearch: null\nfinetune: null"))
+    assert off.search is None and off.finetune is None and "finetune: null" in off.dump()

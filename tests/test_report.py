@@ -242,8 +242,12 @@ def test_latency_has_a_table_with_its_ratio():
         result = MetricResult("decode_latency", milliseconds, "ms per step", False, 10, {"p90": 9.5}, settings)
         return Row(name, name, (result,))
 
-    shown = table(Report((row("original", 8.0), row("shallow", 6.0)), ORIGIN))
-    assert [line.split() for line in shown.splitlines() if line.startswith("shallow ")][-1] == [
+    both = Report((row("original", 8.0), row("shallow", 6.0)), ORIGIN)
+    header, _, *body = table(both).splitlines()
+    assert header.split() == ["model", "decode", "ms", "decode", "ratio"]
+    assert body[1].split() == ["shallow", "6.00", "0.750"] and len(body) == 2  # one kind: the main table says it all
+    shown = table(both, markdown=True).replace("|", " ")
+    assert [line.split() for line in shown.splitlines() if line.split()[:1] == ["shallow"]][-1] == [
         "shallow", "decode", "2", "64", "6.00", "9.50", "0.750",
     ]  # fmt: skip
     assert "Latency" not in table(Report((make_row("original", 100, 2.0),), ORIGIN))

@@ -1,0 +1,78 @@
+"""Several processes on one piece of work, as `accelerate launch` starts them; one process is the usual case."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LAUNCH = "`accelerate launch --num_processes N -m compressor ...`"
+_PATIENCE = timedelta(days=2)  # the others wait while the first fits a large model
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor."""
+        return tensor if self.world == 1 else accelerator().reduce(tensor, "sum")
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
+        if self.world == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            accelerator().wait_for_everyone()
+
+
+ALONE = Processes()
+
+
+def processes() -> Processes:
+    """This process as the launcher started it. Raises UserError for a way of sharing work other than data parallel."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    found = accelerator()
+    return Processes(found.process_index, found.num_processes)
+
+
+def accelerator() -> Accelerator:
+    """Processes and their devices. Its precision is left alone: it is one for a whole process, and ours is not."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    found = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > found.num_processes:  # they would all write the same files
+        raise UserError(
+            f"this is one of {started} processes, but accelerate sees {found.num_processes}; "
+            "to run several on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    if found.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(
+            f"accelerate is configured for {found.distributed_type.value}; allowed: data parallel, {LAUNCH}"
+        )
+    return found

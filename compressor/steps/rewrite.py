@@ -1,0 +1,118 @@
+"""Step 4: a run folder with an alignment in, rewritten/ out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import artifacts, models, run_folder, verify
+from ..errors import UserError
+from ..metrics.size import flops_per_token, parameters, weight_bytes
+from ..models import OpenModel
+from ..rewrites import Rewrite
+from ..rewrites.base import WindowRewrite
+from ..rewrites.compose import apply, check
+from ..run_folder import Aligned
+from ..session import Session
+from ..windows import Window
+from .inputs import calibration_blocks, open_base
+from .search import found_windows, windows_file
+
+
+def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[str, Any]:
+    """Write rewritten/ into the run folder; returns the body of its report.json.
+
+    A rewrite with start=best takes the windows that the search found; one without a start takes them where they are
+    there and fit, else the middle window, and says which.
+    """
+    run = Path(run)
+    target = run / "rewritten"
+    if target.exists() and not session.force:
+        raise UserError(f"{target} exists already; give another --run, or --force to replace it")
+    aligned = run_folder.aligned(run)
+    config = models.find(aligned.base_model).config
+    check(rewrites, config)
+    placed = [item for given in rewrites for item in _placed(run, given, aligned, session)]
+    check(placed, config)
+    resolved = [item.resolved(config) for item in placed]
+    base = open_base(run, aligned, session)
+    calibration = calibration_blocks(base, aligned)
+    with session.bar("rewrite") as bar:
+        model = apply(
+            resolved,
+            base.model,
+            aligned.alignments,
+            calibration=calibration,
+            seed=session.seed,
+            progress=lambda message: bar.set_postfix_str(message),
+        )
+    before = parameters(base.model)
+    artifacts.sweep(run)
+    with artifacts.new_folder(target, force=session.force) as folder:
+        models.save(model, folder, base.tokenizer, base.stored_dtype)
+        body = {
+            "rewrites": [item.record() for item in resolved],
+            "alignment": {
+                "method": aligned.alignments.method,
+                "site": aligned.alignments.site,
+                "tokens": aligned.alignments.tokens,
+                "tensors": aligned.tensors,
+                "routes": _routes(resolved, base, aligned),
+            },
+            "fit_tokens": calibration.tokens,
+            "layers": model.config.n_layer,
+            "layers_before": base.model.config.n_layer,
+            "parameters": parameters(model),
+            "parameters_before": before,
+            "bytes": weight_bytes(folder),
+            "bytes_before": weight_bytes(base.folder),
+            "flops_per_token": flops_per_token(model),
+            "flops_per_token_before": flops_per_token(base.model),
+            "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
+            "probe": models.probe(model.float()),  # of the saved numbers: `model` has become the files' dtype
+        }
+        artifacts.write_json(
+            folder / verify.REPORT,
+            "rewrite",
+            body,
+            session.origin(base, {"calibration": {**aligned.calibration, "tokens": calibration.tokens}}),
+        )
+    return body
+
+
+def _placed(run: Path, given: Rewrite, aligned: Aligned, session: Session) -> list[Rewrite]:
+    """The rewrite where its start says, one for each window of a plan."""
+    if not isinstance(given, WindowRewrite) or given.scope == "tile" or isinstance(given.start, int):
+        return [given]
+    found = found_windows(run, given, aligned)
+    if found is None and given.start == "best":
+        raise UserError(
+            f"{given.name}: start=best, but {windows_file(run)} has no finished search for this rewrite and this "
+            f"alignment; `gpt2-compress search --run {run} --rewrite {given.name}` makes one"
+        )
+    if found is None:
+        middle = given.resolved(models.find(aligned.base_model).config)
+        session.notice(f"{given.name}: no --start given; taking the middle window, from layer {middle.start}")  # type: ignore[attr-defined]
+        return [middle]
+    if given.start is None:
+        session.notice(f"{given.name}: no --start given; taking the best of {windows_file(run)}: {_layers(found)}")
+    return [dataclasses.replace(given, start=item.start, n=item.n, anchor=item.anchor) for item in found]
+
+
+def _layers(plan: Sequence[Window]) -> str:
+    return ", ".join(f"layers {item.start} to {item.layers[-1]}" for item in plan)
+
+
+def _routes(rewrites: Sequence[Rewrite], base: OpenModel, aligned: Aligned) -> list[dict[str, Any]]:
+    """Which permutation each layer of each window took: direct, composed along the chain, or none."""
+    windows: list[Window] = [
+        window for item in rewrites if hasattr(item, "windows") for window in item.windows(base.model.config)
+    ]
+    return [
+        {"layer": layer, "anchor": window.anchor, "route": aligned.alignments.route(layer, window.anchor)}
+        for window in windows
+        for layer in window.layers
+        if layer != window.anchor
+    ]

@@ -1,0 +1,198 @@
+"""Step 3: which windows a rewrite should take: a run folder with an alignment in, windows.json out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import artifacts, fields, models, run_folder
+from ..errors import UserError
+from ..plans import PlanResult, parameter_count, search_plan
+from ..recipe import Search
+from ..rewrites import Rewrite, from_record
+from ..rewrites.base import WindowRewrite
+from ..rewrites.compose import check
+from ..run_folder import Aligned
+from ..search import search_windows
+from ..session import ANYWHERE, Columns, Session
+from ..windows import Candidate, Plan, Race, SearchResult
+from .inputs import calibration_blocks, open_base, part
+
+KIND = "windows"
+CONTEXT = 256  # of the selection blocks: short ones are many, so that differences between windows have an error
+
+
+def windows_file(run: Path) -> Path:
+    """Where a run folder keeps its scores."""
+    return Path(run) / run_folder.WINDOWS
+
+
+def search(
+    run: Path,
+    rewrite: Rewrite,
+    settings: Search,
+    session: Session,
+    *,
+    others: Sequence[Rewrite] = (),
+    source: str | Mapping[str, str] | None = None,
+    columns: Columns = ANYWHERE,
+) -> dict[str, Any]:
+    """Score the windows that the rewrite may take; returns the body of windows.json.
+
+    The file is replaced after each candidate. An unfinished search of the same rewrite on the same text goes on; scores
+    that were taken are not taken again. others: what else the recipe does, with its starts. source: the selection
+    text, by default that of the run. Several processes share the candidates.
+    """
+    run = Path(run)
+    aligned = run_folder.aligned(run)
+    config = models.find(aligned.base_model).config
+    wanted = _without_start(rewrite)
+    check([*others, wanted], config)
+    others = [item.resolved(config) for item in others]
+    if settings.target_parameters is not None:
+        parameter_count(settings.target_parameters)  # before the work
+    base = open_base(run, aligned, session)
+    context = min(CONTEXT, config.n_positions) if settings.context is None else settings.context
+    selection = part(
+        "selection", base, aligned, source, columns, context=context, max_tokens=settings.max_tokens, seed=session.seed
+    )
+    calibration = calibration_blocks(base, aligned)
+    scored = {
+        "rewrite": wanted.record(),
+        "others": [item.record() for item in others],
+        "base": base.hash,
+        "alignment": aligned.tensors,
+        "calibration": calibration.fingerprint,
+        "selection": selection.blocks.fingerprint,
+        "context": context,
+        "seed": session.seed,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+    }
+    path = windows_file(run)
+    earlier = None if session.force or not path.is_file() else _read(path)
+    if earlier is not None and earlier["scored"] != scored:
+        different = ", ".join(key for key, value in scored.items() if earlier["scored"].get(key) != value)
+        raise UserError(f"{path} is of another search ({different} differ); give another --run, or --force")
+    known = [] if earlier is None else [Candidate.from_dict(item) for item in earlier["candidates"]]
+    session.processes.wait()  # all have read it
+    if session.main:
+        artifacts.sweep(run)
+    origin = session.origin(base, {"calibration": aligned.calibration, "selection": selection.facts})
+    asked = dataclasses.asdict(settings)
+
+    def body(result: SearchResult, complete: bool, plans: PlanResult | None = None) -> dict[str, Any]:
+        made = {
+            "scored": scored,
+            "settings": asked,
+            "complete": complete,
+            "block_tokens": list(result.block_tokens),
+            "candidates": [item.to_dict() for item in result.candidates],
+            "winner": [dataclasses.asdict(item) for item in result.winner.windows] if complete else None,
+        }
+        if plans is not None:
+            ranked = plans.verified
+            made["winner"] = [dataclasses.asdict(item) for item in ranked.winner.windows]
+            made["plans"] = [
+                {
+                    **dataclasses.asdict(item),
+                    "measured": next(row.nll for row in ranked.candidates if row.windows == item.windows),
+                }
+                for item in plans.estimates
+            ]
+        return made
+
+    def keep(result: SearchResult) -> None:
+        if session.main:
+            artifacts.write_json(path, KIND, body(result, False), origin)
+
+    with session.bar("search") as bar:
+        shared = {
+            "race": Race() if settings.race else None,
+            "calibration": calibration,
+            "others": others,
+            "seed": session.seed,
+            "known": known,
+            "keep": keep,
+            "rank": session.processes.rank,
+            "world": session.processes.world,
+            "all_gather": session.processes.all_gather if session.processes.world > 1 else None,
+            "progress": lambda message: bar.set_postfix_str(message),
+        }
+        if settings.target_parameters is None:
+            found = search_windows(
+                wanted, base.model, aligned.alignments, selection.blocks,
+                strategy=settings.strategy, count=settings.count, **shared,  # type: ignore[arg-type]
+            )  # fmt: skip
+            result = body(found, True)
+        else:
+            plans = search_plan(
+                wanted, base.model, aligned.alignments, selection.blocks, settings.target_parameters,
+                sizes=settings.sizes, **shared,  # type: ignore[arg-type]
+            )  # fmt: skip
+            both = {item.windows: item for item in (*plans.singles.candidates, *plans.verified.candidates)}
+            result = body(SearchResult(tuple(both.values()), plans.singles.block_tokens), True, plans)
+    with session.alone() as here:
+        if here:
+            artifacts.write_json(path, KIND, result, origin)
+    return result
+
+
+def _without_start(rewrite: Rewrite) -> Rewrite:
+    """What is searched for: the rewrite wherever it may stand. Raises UserError for one that has no window."""
+    if not isinstance(rewrite, WindowRewrite) or rewrite.scope != "window":
+        raise UserError(f"{rewrite.name} as given has no window to search for; leave the search out")
+    return dataclasses.replace(rewrite, start="best")
+
+
+def found_windows(run: Path, rewrite: Rewrite, aligned: Aligned) -> Plan | None:
+    """The windows that a finished search in the run folder found for this very rewrite; None where there is none."""
+    path = windows_file(run)
+    if not path.is_file():
+        return None
+    document = _read(path)
+    scored = document["scored"]
+    fits = (
+        document["complete"]
+        and scored["rewrite"] == _without_start(rewrite).record()
+        and scored["alignment"] == aligned.tensors
+        and scored["base"] == aligned.base_hash
+    )
+    return winner(document) if fits else None
+
+
+def searched_with(run: Path) -> dict[str, Any]:
+    """The settings, the seed and the other rewrites of the search in a run folder."""
+    document = _read(windows_file(run))
+    scored = document["scored"]
+    return {"settings": document["settings"], "seed": scored["seed"], "others": scored["others"]}
+
+
+def winner(document: Mapping[str, Any]) -> Plan:
+    """The best windows of a finished windows.json."""
+    return Candidate.from_dict(
+        {"windows": document["winner"], "block_nll": [], "behind": 0.0, "tokens": 0, "dropped": False, "error": None,
+         "indistinguishable": False}
+    ).windows  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document = artifacts.read_json(path, KIND, "search --force")
+    try:
+        for key, kind in {
+            "scored": dict,
+            "settings": dict,
+            "complete": bool,
+            "candidates": list,
+            "block_tokens": list,
+        }.items():
+            fields.typed("windows", key, document[key], kind)
+        from_record(document["scored"]["rewrite"])
+        for item in document["candidates"]:
+            Candidate.from_dict(item)
+        if document["complete"]:
+            winner(document)
+    except (KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); make it anew with `gpt2-compress search --force`") from error
+    return document
