@@ -17,7 +17,7 @@ from compressor import alignment, artifacts, pipeline, report, run_folder
 from compressor.errors import UserError
 from compressor.models import open_model
 from compressor.pipeline import Session
-from compressor.recipe import Align, load
+from compressor.recipe import Align
 from compressor.rewrites import from_record
 
 SOFT = {"rewrite": "soft_shared", "n": 3, "start": 1, "rank": 4}
