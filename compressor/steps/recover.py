@@ -68,6 +68,9 @@ def finetune(
     bodies = {}
     for job in jobs:
         kept = finished(run, job.name, job.opened.hash, asked, parts) if resume else None
+        if kept is not None and session.main:  # killed between the result and this
+            artifacts.remove(run / CHECKPOINTS / job.name)
+            _remove_empty(run / CHECKPOINTS)
         bodies[job.name] = _train(run, job, asked, parts, aligned, session, resume) if kept is None else kept
     return bodies
 

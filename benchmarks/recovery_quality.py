@@ -1,0 +1,178 @@
+"""What each rewrite costs after recovery, beside the original tuned on the same budget: one table.
+
+    python benchmarks/recovery_quality.py MODEL --data D --test D [--out FILE.md] [--state FILE.json]
+
+Calibration, selection and training text are disjoint parts of D. One alignment serves all rows; the window is the
+middle one. Every row trains the same steps on the same batches in the same order with the same seed and keeps its best
+state by the selection text, which may be the start. The control of a row is the original trained in the same mode
+(deltas: lora); ratios are to the control with the lowest perplexity of all, which flatters no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from compressor import alignment, data, models
+from compressor.finetune import finetune
+from compressor.metrics.perplexity import perplexity
+from compressor.metrics.size import parameters
+from compressor.rewrites import from_record
+from compressor.rewrites.compose import apply
+
+LORA, FULL, DELTAS = ("lora", 3e-3), ("full", 1e-4), ("deltas", 3e-3)
+Row = tuple[dict[str, Any] | None, bool, tuple[str, float], bool]  # rewrite, aligned, (train, learning rate), distilled
+
+
+def rows() -> list[Row]:
+    def soft(rank: int) -> dict[str, Any]:
+        return {"rewrite": "soft_shared", "n": 4, "rank": rank, "base": "lsq", "delta_init": "asvd"}
+
+    def merged(n: int) -> dict[str, Any]:
+        return {"rewrite": "merged_n", "n": n, "tie": True}
+
+    def compressed(n: int, collapse: str = "fit") -> dict[str, Any]:
+        return {"rewrite": "compressed_n", "n": n, "collapse": collapse}
+
+    controls: list[Row] = [(None, True, way, False) for way in (LORA, ("lora", 1e-3), FULL)]
+    main: list[Row] = [
+        (record, True, LORA, False)
+        for record in (soft(0), soft(8), soft(32), merged(4), merged(10), compressed(4), compressed(6), compressed(10))
+    ]
+    ways: list[Row] = [
+        *((soft(8), True, way, False) for way in (DELTAS, ("lora", 6e-3), FULL)),
+        (soft(32), True, DELTAS, False),
+        (soft(8), True, LORA, True),
+        *((compressed(4), True, way, False) for way in (("lora", 6e-3), FULL)),
+        (compressed(4), True, LORA, True),
+    ]
+    unaligned: list[Row] = [
+        (soft(8), False, LORA, False),
+        (merged(4), False, LORA, False),
+        (compressed(4, "mean"), True, LORA, False),
+        (compressed(4, "mean"), False, LORA, False),
+    ]
+    distilled: list[Row] = [(merged(10), True, LORA, True), (compressed(6), True, LORA, True)]
+    return [*controls[:1], *main, *controls[1:], *ways, *unaligned, *distilled]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="calibration, selection and training text")
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--context", type=int, default=256, help="in training and in the test, which has no overlap")
+    parser.add_argument("--test-tokens", type=int, default=65536)
+    parser.add_argument("--selection-tokens", type=int, default=8192)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    opened = models.open_model(options.model)
+    sources = {part: options.data for part in ("calibration", "selection", "training")} | {"test": options.test}
+    texts = {part: data.recipe_text(sources, part) for part in sources}
+
+    def blocks(part: str, tokens: int, context: int) -> data.TokenBlocks:
+        return data.token_blocks(
+            texts[part], opened.tokenizer, context=context, max_tokens=tokens, seed=options.seed, evenly=True
+        )
+
+    calibration = blocks("calibration", 16384, opened.model.config.n_positions)
+    training = blocks("training", options.steps * options.batch_tokens, options.context)
+    selection = blocks("selection", options.selection_tokens, options.context)
+    aligned = alignment.align_activations(opened.model, calibration.batches())
+    unaligned = alignment.identity(opened.model.config)
+    done: dict[str, dict[str, Any]] = {}
+    if options.state and options.state.exists():
+        done = json.loads(options.state.read_text())
+
+    def test(model: Any) -> float:
+        return perplexity(
+            model, opened.tokenizer, texts["test"], context=options.context, stride=options.context,
+            max_tokens=options.test_tokens,
+        )[0].value  # fmt: skip
+
+    def key(row: Row) -> str:
+        return json.dumps([*row, options.steps, options.batch_tokens, options.context, options.seed])
+
+    if "original" not in done:
+        done["original"] = {"after": test(opened.model), "parameters": parameters(opened.model)}
+    for row in tqdm(rows(), desc="recoveries"):
+        if key(row) in done:
+            continue
+        record, use_aligned, (train, rate), distilled = row
+        model, rewrites = models.open_model(options.model).model, []
+        if record is not None:
+            rewrites = [from_record(record).resolved(model.config)]
+            model = apply(rewrites, model, aligned if use_aligned else unaligned, calibration=calibration)
+        before = test(model)
+        result = finetune(
+            model, training, selection, rewrites=rewrites, train=train, steps=options.steps,
+            batch_tokens=options.batch_tokens, learning_rate=rate, teacher=opened.model if distilled else None,
+            seed=options.seed,
+        )  # fmt: skip
+        done[key(row)] = {
+            "before": before,
+            "after": test(model),
+            "parameters": parameters(model),
+            "trained": result.trainable,
+            "best": result.best_step,
+            "selection": [math.exp(row.nll) for row in result.evaluations],
+            "rate": result.tokens / result.training_seconds,
+        }
+        tqdm.write(f"{row}: {before:.2f} -> {done[key(row)]['after']:.2f}", file=sys.stderr)
+        if options.state:
+            options.state.write_text(json.dumps(done))
+    text = table(done, key, options, opened.name, training, texts)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+def table(done: dict[str, Any], key: Any, options: argparse.Namespace, name: str, training: Any, texts: Any) -> str:
+    original = done["original"]["after"]
+    found = {key(row): row for row in rows()}
+    control = min(done[k]["after"] for k, row in found.items() if row[0] is None)
+    lines = [
+        "# Recovery",
+        "",
+        (__doc__ or "").split("\n\n", 2)[2].strip(),
+        "",
+        f"{Path(name).name}; {options.steps} steps of {options.batch_tokens:,} tokens ({training.tokens:,} in all, "
+        f"context {options.context}); test: the first {options.test_tokens:,} tokens, context "
+        f"{options.context} without overlap; AdamW, cosine, penalty 1e-4, seed {options.seed}; torch "
+        f"{torch.__version__}. Selection: {options.selection_tokens:,} tokens. Best control: {control:.2f}.",
+        "",
+        f"Test text {texts['test'].fingerprint[:12]}, training text {texts['training'].fingerprint[:12]}.",
+        "",
+        "| model | settings | aligned | train | learning rate | teacher | parameters | trained | before | after | "
+        "to the control | best step |",
+        "| --- | --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| original | | | | | | {done['original']['parameters']:,} | | {original:.2f} | {original:.2f} | "
+        f"{original / control:.3f} | |",
+    ]
+    for k, (record, use_aligned, (train, rate), distilled) in found.items():
+        item = done[k]
+        knobs = "" if record is None else ", ".join(f"{n}={v}" for n, v in record.items() if n != "rewrite")
+        word = "" if record is None else "-" if record.get("collapse") == "fit" else "yes" if use_aligned else "no"
+        lines.append(
+            f"| {'control' if record is None else record['rewrite']} | {knobs} | {word} | {train} | {rate:g} | "
+            f"{'original' if distilled else ''} | {item['parameters']:,} | {item['trained']:,} | "
+            f"{item['before']:.2f} | {item['after']:.2f} | {item['after'] / control:.3f} | {item['best']} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""`run`: every step of a recipe, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+import compressor
+from compressor import pipeline, run_folder
+from compressor.cli import main
+from compressor.errors import UserError
+from compressor.models import open_model
+from compressor.recipe import load
+from compressor.session import Session
+
+METRICS = "[{metric: perplexity, max_tokens: 300}, size]"
+
+
+def keys(tiny_folder, text_file, *more: str) -> list[str]:
+    """A recipe of seconds: three windows of 4 to search, six steps, a checkpoint every second step."""
+    return [
+        f"model={tiny_folder}",
+        f"data={text_file}",
+        "rank=4",
+        "align.max_tokens=600",
+        "search.max_tokens=512",
+        "search.context=32",
+        "finetune.steps=6",
+        "finetune.batch_tokens=256",
+        "finetune.selection_tokens=256",
+        "finetune.checkpoint_every=2",
+        "finetune.learning_rate=1e-2",
+        f"benchmark.metrics={METRICS}",
+        *more,
+    ]
+
+
+@pytest.fixture
+def session():
+    return Session(device="cpu", quiet=True)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def lasting(folder: Path) -> dict[str, bytes | None]:
+    """What two runs of one recipe have in common to the bit: tensors, scores, configurations; names of the rest."""
+    wanted = (".safetensors", "config.json", "windows.json", "recipe.yaml")
+    return {name: content if name.endswith(wanted) else None for name, content in tree(folder).items()}
+
+
+def test_every_step_of_a_recipe(tmp_path, tiny_folder, text_file, session):
+    chosen = load("soft_shared", keys(tiny_folder, text_file, "seed=5"))
+    run = tmp_path / "run"
+    result = pipeline.run(run, chosen, session)
+    assert [row.name for row in result.rows] == ["original", "control", "rewritten", "recovered"]
+    assert load(str(run / "recipe.yaml")) == chosen
+    files = {"recipe.yaml", "alignment.json", "alignment.safetensors", "windows.json", "rewritten", "control",
+             "recovered", "report.json", "report.md", "perplexity_by_parameters.png"}  # fmt: skip
+    assert {path.name for path in run.iterdir()} == files
+    windows = json.loads((run / "windows.json").read_text())
+    assert windows["complete"] and len(windows["candidates"]) == 3
+    made = json.loads((run / "rewritten" / "report.json").read_text())
+    assert made["rewrites"][0]["start"] == windows["winner"][0]["start"]
+    rows = {row.name: row for row in result.rows}
+    for row, model in run_folder.rows([str(run)]).items():
+        assert rows[row].weights == open_model(model).hash
+    assert isinstance(AutoModelForCausalLM.from_pretrained(run / "control"), GPT2LMHeadModel)
+    for file in ("alignment.json", "windows.json", "rewritten/report.json", "recovered/report.json", "report.json"):
+        assert json.loads((run / file).read_text())["provenance"]["seed"] == 5, file
+
+
+def test_a_finished_run_is_kept_to_the_byte_and_another_recipe_is_refused(tmp_path, tiny_folder, text_file, session):
+    run = tmp_path / "run"
+    few = keys(tiny_folder, text_file, "finetune.steps=2", "finetune.control=false", "start=1")
+    first = pipeline.run(run, load("soft_shared", few), session)
+    before = tree(run)
+    assert pipeline.run(run, load("soft_shared", few), session) == first and tree(run) == before
+    with pytest.raises(UserError, match=r"another recipe \(finetune differ\); give another --run, or --force"):
+        pipeline.run(run, load("soft_shared", [*few, "finetune.steps=3"]), session)
+    assert tree(run) == before
+    forced = Session(device="cpu", quiet=True, force=True)
+    (run / "my notes.txt").write_text("mine")
+    pipeline.run(run, load("soft_shared", [*few, "finetune.steps=3"]), forced)
+    assert json.loads((run / "recovered" / "report.json").read_text())["recovery"]["steps"] == 3
+    assert (run / "my notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("missing", ["recovered", "rewritten/model.safetensors", "report.json", "windows.json"])
+def test_what_is_missing_is_made_again(tmp_path, tiny_folder, text_file, session, missing):
+    run = tmp_path / "run"
+    chosen = load("soft_shared", keys(tiny_folder, text_file, "finetune.steps=2", "finetune.control=false"))
+    pipeline.run(run, chosen, session)
+    before = lasting(run)
+    pipeline.artifacts.remove(run / missing)
+    if missing.endswith("model.safetensors"):  # damaged, not missing: said, and kept
+        with pytest.raises(UserError, match="has no weights"):
+            pipeline.run(run, chosen, session)
+        return
+    pipeline.run(run, chosen, session)
+    assert lasting(run) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("align --model {model} --data {text} --run {run} --max-tokens 300 --force", "alignment.json"),
+        ("rewrite --run {run} --rewrite soft_shared n=4 rank=2 start=0 --force", "rewritten is not what this recipe"),
+        ("finetune --run {run} --steps 1 --force", "was made with steps=1, now it is 2"),
+        ("search --run {run} --rewrite soft_shared n=4 rank=4 base=lsq --force --strategy middle", "settings"),
+    ],
+)
+def test_a_step_that_was_made_otherwise_is_neither_replaced_nor_built_upon(
+    tmp_path, tiny_folder, text_file, session, command, said
+):
+    run = tmp_path / "run"
+    chosen = load("soft_shared", keys(tiny_folder, text_file, "finetune.steps=2", "finetune.control=false"))
+    pipeline.run(run, chosen, session)
+    assert main([*command.format(model=tiny_folder, text=text_file, run=run).split(), "--quiet"]) == 0
+    before = tree(run)
+    with pytest.raises(UserError, match=said):
+        pipeline.run(run, chosen, session)
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["n=9"], "n 9 is out of range"),
+        (["rank=99"], "rank"),
+        (["data=none.txt"], "none.txt"),
+        (["model=./none"], "does not exist"),
+        (["finetune.context=65"], "context is 65; allowed: 2 to 64"),
+        (["rank=0", "finetune.train=deltas"], "train is 'deltas', and this model has none"),
+    ],
+)
+def test_a_run_that_cannot_work_writes_nothing(tmp_path, tiny_folder, text_file, session, more, said):
+    with pytest.raises(UserError, match=said):
+        pipeline.run(tmp_path / "runs" / "x", load("soft_shared", keys(tiny_folder, text_file, *more)), session)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_part_with_too_little_text_is_found_before_the_first_step(tmp_path, tiny_folder, text_file, session):
+    short = tmp_path / "short.txt"
+    short.write_text("Too short to train on. " * 2)
+    parts = f"{{calibration: {text_file}, selection: {text_file}, training: {short}, test: {text_file}}}"
+    with pytest.raises(UserError, match=r"training part of .*short.txt.* tokens, one block needs 64"):
+        pipeline.run(tmp_path / "run", load("soft_shared", [*keys(tiny_folder, text_file), f"data={parts}"]), session)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_are_something_else(tmp_path, tiny_folder, text_file, session, aligned_run):
+    chosen = load("soft_shared", keys(tiny_folder, text_file))
+    with pytest.raises(UserError, match="is no run of a recipe"):
+        pipeline.run(aligned_run, chosen, session)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        pipeline.run(tmp_path / "file", chosen, session)
+    with pytest.raises(UserError, match="is a model's folder"):
+        pipeline.run(tiny_folder, chosen, Session(device="cpu", quiet=True, force=True))
+
+
+def test_recipes_without_search_or_recovery(tmp_path, tiny_folder, text_file, session):
+    off = [*keys(tiny_folder, text_file)[:4], "search=null", "finetune=null", f"benchmark.metrics={METRICS}"]
+    result = pipeline.run(tmp_path / "run", load("soft_shared", off), session)
+    assert [row.name for row in result.rows] == ["original", "rewritten"]
+    assert not (tmp_path / "run" / "windows.json").exists()
+    assert json.loads((tmp_path / "run" / "rewritten" / "report.json").read_text())["rewrites"][0]["start"] == 1
+
+
+# ---------------------------------------------------------------- killed and started again
+
+SOURCE = str(Path(compressor.__file__).parent.parent)
+# What appears first in each stage: right then the process gets SIGKILL.
+STAGES = [
+    "recipe.yaml",
+    "alignment.json",
+    "windows.json",
+    "rewritten/config.json",
+    "checkpoints/recovered/state/state.json",
+    "recovered/config.json",
+    "checkpoints/control/state/state.json",
+    "control/config.json",
+    "report.json",
+]
+
+
+def command(words: list[str], folder: Path, *launch: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *launch, "-m", "compressor", *words],
+        cwd=folder,
+        env={**environment, "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_run_killed_in_every_stage_ends_in_the_same_bytes(tmp_path, tiny_folder, text_file):
+    words = ["run", "soft_shared", "--run", "here", *keys(tiny_folder, text_file)]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = command(words, tmp_path / "whole")
+    for stage in STAGES:
+        started = command(words, tmp_path / "killed")
+        appeared = tmp_path / "killed" / "here" / stage
+        while not appeared.exists() and started.poll() is None:
+            time.sleep(0.0005)
+        started.send_signal(signal.SIGKILL)
+        _, said = started.communicate()
+        assert started.returncode == -signal.SIGKILL, f"{stage}: ended before it was killed: {said}"
+        assert appeared.exists(), stage
+    last = command(words, tmp_path / "killed")
+    assert last.wait() == 0, last.stderr.read()
+    assert whole.wait() == 0, whole.stderr.read()
+    expected, found = lasting(tmp_path / "whole"), lasting(tmp_path / "killed")
+    assert set(found) == set(expected)
+    for name, content in expected.items():
+        assert found[name] == content, name
+    recovered, rewritten = (load_file(tmp_path / "killed/here" / step / "model.safetensors")
+                            for step in ("recovered", "rewritten"))  # fmt: skip
+    assert any((recovered[name] != tensor).any() for name, tensor in rewritten.items())  # there was something to lose
+
+
+def test_two_processes_make_the_run_of_one(tmp_path, tiny_folder, text_file):
+    words = ["run", "soft_shared", "--run", "here", *keys(tiny_folder, text_file, "finetune.autocast=none")]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = command(words, tmp_path / "one")
+    # --cpu would start one process only: accelerate leaves several on CPUs to MPI, or to torchrun as --multi_gpu does
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    two = command(words, tmp_path / "two", *launch)
+    out, said = two.communicate()
+    assert two.returncode == 0, said[-3000:]
+    alone, _ = one.communicate()
+    assert one.returncode == 0
+    assert out.count("recovered") == alone.count("recovered")  # one process prints
+    runs = [tmp_path / name / "here" for name in ("one", "two")]
+    first, second = (load_file(run / "alignment.safetensors") for run in runs)
+    for name, tensor in first.items():
+        if name.startswith("permutation"):
+            assert tensor.equal(second[name])
+    scores = [json.loads((run / "windows.json").read_text()) for run in runs]
+    assert scores[0]["winner"] == scores[1]["winner"]
+    for ours, theirs in zip(scores[0]["candidates"], scores[1]["candidates"], strict=True):
+        assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-6)
+    for step in ("recovered", "control"):
+        curves = [json.loads((run / step / "report.json").read_text())["recovery"] for run in runs]
+        assert curves[1]["settings"]["processes"] == 2
+        for ours, theirs in zip(curves[0]["curve"], curves[1]["curve"], strict=True):
+            assert ours["nll"] == pytest.approx(theirs["nll"], abs=1e-3)
+    measured = [json.loads((run / "report.json").read_text())["results"] for run in runs]
+    for ours, theirs in zip(*measured, strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3)
+    assert set(lasting(runs[0])) == set(lasting(runs[1]))
