@@ -116,14 +116,18 @@ def main() -> None:
         if record is not None:
             rewrites = [from_record(record).resolved(model.config)]
             model = apply(rewrites, model, aligned if use_aligned else unaligned, calibration=calibration)
-        before = test(model)
+        start = json.dumps(["before", record, use_aligned, options.context])
+        if record is None:
+            done[start] = {"after": done["original"]["after"]}
+        elif start not in done:
+            done[start] = {"after": test(model)}
         result = finetune(
             model, training, selection, rewrites=rewrites, train=train, steps=options.steps,
             batch_tokens=options.batch_tokens, learning_rate=rate, teacher=opened.model if distilled else None,
             seed=options.seed,
         )  # fmt: skip
         done[key(row)] = {
-            "before": before,
+            "before": done[start]["after"],
             "after": test(model),
             "parameters": parameters(model),
             "trained": result.trainable,
@@ -131,7 +135,7 @@ def main() -> None:
             "selection": [math.exp(row.nll) for row in result.evaluations],
             "rate": result.tokens / result.training_seconds,
         }
-        tqdm.write(f"{row}: {before:.2f} -> {done[key(row)]['after']:.2f}", file=sys.stderr)
+        tqdm.write(f"{row}: {done[start]['after']:.2f} -> {done[key(row)]['after']:.2f}", file=sys.stderr)
         if options.state:
             options.state.write_text(json.dumps(done))
     text = table(done, key, options, opened.name, training, texts)

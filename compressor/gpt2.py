@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
+from transformers.activations import NewGELUActivation
 from transformers.masking_utils import create_causal_mask
 
 FFN_LINEARS = ("c_fc", "c_proj")
@@ -69,9 +70,28 @@ def run_blocks(
         position_ids=positions,
     )
     extra = trunk(model).block_arguments() if hasattr(trunk(model), "block_arguments") else {}
-    for block in blocks(model)[start:stop]:
-        hidden = block(hidden, None, mask, None, use_cache=False, position_ids=positions, **extra)
+    with fused_activations(model):
+        for block in blocks(model)[start:stop]:
+            hidden = block(hidden, None, mask, None, use_cache=False, position_ids=positions, **extra)
     return hidden
+
+
+@contextmanager
+def fused_activations(model: PreTrainedModel) -> Iterator[None]:
+    """GPT-2's GELU as one kernel: the same function up to rounding, in one pass over memory instead of eight. Latency
+    is measured without it: a user's model runs as transformers builds it."""
+    slow = [
+        (own, own.act)
+        for own in (ffn(model, layer) for layer in range(len(blocks(model))))
+        if isinstance(getattr(own, "act", None), NewGELUActivation)
+    ]
+    try:
+        for own, act in slow:
+            own.act = nn.GELU(approximate="tanh").train(act.training)
+        yield
+    finally:
+        for own, act in slow:
+            own.act = act
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import NewGELUActivation
 
 from . import gpt2
 from .errors import UserError
@@ -50,31 +49,23 @@ def attention_while_training(model: PreTrainedModel, context: int, autocast: tor
 def training(
     model: PreTrainedModel, parameters: Sequence[nn.Parameter], *, attention: str, dropout: bool
 ) -> Iterator[None]:
-    """Only `parameters` get gradients; dropout as told; the attention implementation; GPT-2's GELU as one kernel (the
-    same function, in one pass over memory instead of eight). All comes back as it was."""
+    """Only `parameters` get gradients; dropout as told; the attention implementation; GPT-2's GELU as one
+    kernel. All comes back as it was."""
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = [(module, module.training) for module in model.modules()]
     attention_before = model.config._attn_implementation
-    activations = [
-        (ffn, ffn.act)
-        for ffn in (gpt2.ffn(model, layer) for layer in range(model.config.n_layer))
-        if isinstance(getattr(ffn, "act", None), NewGELUActivation)
-    ]
     try:
         model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         model.train(dropout)
-        for ffn, _ in activations:
-            ffn.act = nn.GELU(approximate="tanh")
         if attention != attention_before:
             model.set_attn_implementation(attention)
-        yield
+        with gpt2.fused_activations(model):
+            yield
     finally:
         if attention != attention_before:
             model.set_attn_implementation(attention_before)
-        for ffn, act in activations:
-            ffn.act = act
         for module, mode in modes:
             module.training = mode
         for parameter, flag in required.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..gpt2 import trunk
+from ..gpt2 import fused_activations, trunk
 from .base import Progress
 
 BATCH_TOKENS = 4096
@@ -55,7 +55,7 @@ def token_nll(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, scored: Tens
     inputs, targets = ids[:, :-1], ids[:, 1:]
     wanted = (mask if scored is None else mask & scored)[:, 1:]
     nll = torch.zeros(targets.shape, dtype=torch.float64)
-    with _evaluating(model):
+    with _evaluating(model), fused_activations(model):
         hidden = trunk(model)(input_ids=inputs, attention_mask=mask[:, :-1].long(), use_cache=False).last_hidden_state
         nll[wanted.cpu()] = hidden_nll(model, hidden[wanted], targets[wanted])
     return nll
