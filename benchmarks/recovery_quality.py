@@ -61,7 +61,7 @@ def rows() -> list[Row]:
         (compressed(4, "mean"), False, LORA, False),
     ]
     distilled: list[Row] = [(merged(10), True, LORA, True), (compressed(6), True, LORA, True)]
-    return [*controls[:1], *main, *controls[1:], *ways, *unaligned, *distilled]
+    return [*controls[:1], *main, *unaligned, *distilled, *ways, *controls[1:]]
 
 
 def main() -> None:

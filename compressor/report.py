@@ -44,7 +44,8 @@ def table(report: Report, *, markdown: bool = False) -> str:
             parts.append(f"{head}\n\n{_layout(*_perplexities(report, protocol), markdown)}")
     latencies = _latencies(report)
     if latencies and (markdown or _several_kinds(report)):  # the main table has the first kind
-        parts.append(f"Latency, models interleaved in one process.\n\n{_layout(*latencies, markdown)}")
+        how = "models interleaved in one process; rows of one structure (an original, its control) differ by noise."
+        parts.append(f"Latency, {how}\n\n{_layout(*latencies, markdown)}")
     return "\n\n".join(parts)
 
 

@@ -142,3 +142,17 @@ def warn_of_twins(found: Mapping[str, Checkpoint], notice: Callable[[str], None]
         other, made_other = seen.setdefault(structure_hash(checkpoint.config), (row, made_by))
         if made_by != made_other:
             notice(f"warning: {row} has the same structure as {other}: neither is smaller or faster than the other")
+
+
+def warn_of_strangers(names: Sequence[str], notice: Callable[[str], None]) -> None:
+    """Say so when a run's recovered model was made from another rewritten one than lies beside it now."""
+    for name in names:
+        if not is_run(name):
+            continue
+        there = steps(name)
+        reports = {step: made(models.find(str(there[step]))) for step in ("rewritten", "recovered") if step in there}
+        rewritten, recovered = reports.get("rewritten"), reports.get("recovered")
+        if rewritten and recovered and recovered["made_from"]["start"] != rewritten["weights"]:
+            notice(
+                f"warning: {there['recovered']} was made from another rewritten model than {there['rewritten']} is now"
+            )

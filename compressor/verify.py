@@ -122,6 +122,8 @@ def made(folder: Path, config: GPT2Config) -> dict[str, Any] | None:
     remedy = f"{MADE_BY[kind]} --force"
     document = artifacts.read_json(path, kind, remedy)
     shapes = {"weights": str, "parameters": int, "parameters_before": int, "probe": dict, "provenance": dict}
+    if kind == RECOVERY:
+        shapes |= {"made_from": dict, "recovery": dict, "selection_perplexity": dict}
     wrong = [key for key, shape in shapes.items() if not isinstance(document.get(key), shape)]
     if not wrong and not all(_numbers(document["probe"].get(key)) for key in ("ids", "tokens", "logits", "logsumexp")):
         wrong = ["probe"]

@@ -62,6 +62,7 @@ def run_benchmark(
     for text in {text.fingerprint: text for text in texts.values()}.values():
         run_folder.warn_of_overlap(found, text, session.notice)
     run_folder.warn_of_twins(found, session.notice)
+    run_folder.warn_of_strangers(names, session.notice)
     first = session.open(next(iter(rows.values())))
     origin = session.origin(first, {metric: data.describe(text) for metric, text in texts.items()})
     del first

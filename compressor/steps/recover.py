@@ -106,7 +106,9 @@ def finished(
     report = run_folder.steps(run).get(name)
     if report is None:
         return None
-    body = artifacts.read_json(report / verify.REPORT, verify.RECOVERY, "finetune --force")
+    body = run_folder.made(models.find(str(report)))
+    if body is None or "made_from" not in body:
+        raise UserError(f"{report} was not made by `gpt2-compress finetune`; give another --run, or --force")
     given = {"start": start, **asked, **{name: item.blocks.fingerprint for name, item in parts.items()}}
     for key, value in given.items():
         if body["made_from"].get(key) != value:

@@ -104,10 +104,11 @@ def search(
         return made
 
     def keep(result: SearchResult) -> None:
+        bar.update()
         if session.main:
             artifacts.write_json(path, KIND, body(result, False), origin)
 
-    with session.bar("search") as bar:
+    with session.bar("search", unit="window") as bar:
         shared = {
             "race": Race() if settings.race else None,
             "calibration": calibration,
@@ -136,6 +137,11 @@ def search(
     with session.alone() as here:
         if here:
             artifacts.write_json(path, KIND, result, origin)
+    near = sum(item["indistinguishable"] for item in result["candidates"] if item["windows"])
+    if near and session.main:
+        session.notice(
+            f"search: {near} other windows are within the noise of the best on this selection text; see {path}"
+        )
     return result
 
 
