@@ -202,7 +202,11 @@ def _run(options: argparse.Namespace, overrides: list[str], notices: list[str]) 
     chosen = recipe.load(options.recipe, _seeded(options, overrides))
     folder = options.run or pipeline.run_name(options.recipe)
     result = pipeline.run(folder, chosen, _session(options, notices))
-    return _print(options, result.to_dict(), f"{report.table(result)}\n\n{show.run(str(folder))}")
+    return _print(
+        options,
+        result.to_dict(),
+        f"{report.table(result)}\n\n{show.run(str(folder), [row.name for row in result.rows])}",
+    )
 
 
 def _benchmark(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:

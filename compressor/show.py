@@ -173,9 +173,10 @@ def recovery(run: str, bodies: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(folder: str) -> str:
+def run(folder: str, rows: list[str]) -> str:
     """Where to go from a finished run."""
+    model = f"{folder}/{'recovered' if 'recovered' in rows else 'rewritten'}"
     return (
-        f"{folder} opens with from_pretrained (recovered/, rewritten/); `gpt2-compress verify {folder}` proves it; "
-        f"{folder}/report.md has the table"
+        f"{model} opens with from_pretrained; `gpt2-compress verify {folder}` proves it; {folder}/report.md has the "
+        "tables and the picture"
     )
