@@ -21,7 +21,7 @@ from .metrics.size import parameters
 from .rewrites import Rewrite
 from .rewrites.compose import structure
 from .search import PlanScorer, allowed_windows, placed
-from .windows import AllGather, Candidate, Keep, Plan, Race, SearchResult, Window, search
+from .windows import AllGather, Candidate, Keep, Plan, Race, SearchResult, Window, compared, search
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class PlanResult:
         """The plan with the lowest measured score, with its size."""
         windows = self.verified.winner.windows
         return next(item for item in self.estimates if item.windows == windows)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Single windows and plans, each once, and how far behind the best plan they are: less than 0 is possible."""
+        both = {item.windows: item for item in (*self.singles.candidates, *self.verified.candidates)}
+        return compared(both.values(), self.verified.winner, self.verified.block_tokens)
 
 
 def search_plan(

@@ -315,13 +315,16 @@ def _result(table: Mapping[Plan, Sequence[float]], dropped: set[Plan], tokens: t
         Candidate(plan, tuple(nll), sum(tokens[: len(nll)]), plan in dropped and len(nll) < len(tokens))
         for plan, nll in table.items()
     ]
-    winner = SearchResult(tuple(bare), tokens).winner
-    compared = []
-    for item in bare:
-        if item is not winner:
+    return SearchResult(compared(bare, SearchResult(tuple(bare), tokens).winner, tokens), tokens)
+
+
+def compared(table: Iterable[Candidate], winner: Candidate, tokens: Sequence[int]) -> tuple[Candidate, ...]:
+    """The candidates with how far each is behind `winner`, one of them, and whether it can be told from it."""
+    found = []
+    for item in table:
+        behind, error, near = 0.0, None, False
+        if item.windows != winner.windows:
             behind, error = paired_difference(item.block_nll, winner.block_nll, tokens)
-            blocks = min(item.blocks, winner.blocks)
-            near = error is not None and behind <= quantile(2, blocks) * error
-            item = replace(item, behind=behind, error=error, indistinguishable=near)
-        compared.append(item)
-    return SearchResult(tuple(compared), tokens)
+            near = error is not None and abs(behind) <= quantile(2, min(item.blocks, winner.blocks)) * error
+        found.append(replace(item, behind=behind, error=error, indistinguishable=near))
+    return tuple(found)

@@ -17,7 +17,7 @@ from ..rewrites.compose import check
 from ..run_folder import Aligned
 from ..search import search_windows
 from ..session import ANYWHERE, Columns, Session
-from ..windows import Candidate, Plan, Race, SearchResult
+from ..windows import Candidate, Plan, Race, SearchResult, Window
 from .inputs import calibration_blocks, open_base, part
 
 KIND = "windows"
@@ -97,7 +97,8 @@ def search(
             made["plans"] = [
                 {
                     **dataclasses.asdict(item),
-                    "measured": next(row.nll for row in ranked.candidates if row.windows == item.windows),
+                    "windows": [dataclasses.asdict(window) for window in item.windows],
+                    "measured": next(row.to_dict()["nll"] for row in ranked.candidates if row.windows == item.windows),
                 }
                 for item in plans.estimates
             ]
@@ -132,8 +133,7 @@ def search(
                 wanted, base.model, aligned.alignments, selection.blocks, settings.target_parameters,
                 sizes=settings.sizes, **shared,  # type: ignore[arg-type]
             )  # fmt: skip
-            both = {item.windows: item for item in (*plans.singles.candidates, *plans.verified.candidates)}
-            result = body(SearchResult(tuple(both.values()), plans.singles.block_tokens), True, plans)
+            result = body(SearchResult(plans.candidates, plans.singles.block_tokens), True, plans)
     with session.alone() as here:
         if here:
             artifacts.write_json(path, KIND, result, origin)
@@ -177,10 +177,29 @@ def searched_with(run: Path) -> dict[str, Any]:
 
 def winner(document: Mapping[str, Any]) -> Plan:
     """The best windows of a finished windows.json."""
-    return Candidate.from_dict(
-        {"windows": document["winner"], "block_nll": [], "behind": 0.0, "tokens": 0, "dropped": False, "error": None,
-         "indistinguishable": False}
-    ).windows  # fmt: skip
+    return tuple(fields.from_record(Window, item, "winner") for item in document["winner"])
+
+
+_SCORED: dict[str, Any] = {  # what two searches must have in common to be one: key -> type
+    "rewrite": dict,
+    "others": list,
+    "base": str,
+    "alignment": str,
+    "calibration": str,
+    "selection": str,
+    "context": int,
+    "seed": int,
+    "dtype": str,
+}
+_CANDIDATE: dict[str, Any] = {
+    "windows": list,
+    "block_nll": list,
+    "tokens": int,
+    "dropped": bool,
+    "behind": float | None,
+    "error": float | None,
+    "indistinguishable": bool,
+}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -194,11 +213,22 @@ def _read(path: Path) -> dict[str, Any]:
             "block_tokens": list,
         }.items():
             fields.typed("windows", key, document[key], kind)
+        for key, kind in _SCORED.items():
+            fields.typed("scored", key, document["scored"][key], kind)
         from_record(document["scored"]["rewrite"])
-        for item in document["candidates"]:
-            Candidate.from_dict(item)
-        if document["complete"]:
-            winner(document)
+        plans = [_candidate(item).windows for item in document["candidates"]]
+        if document["complete"] and winner(document) not in plans:
+            raise UserError("the winner is none of the candidates")
     except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path} is damaged ({error!r}); make it anew with `gpt2-compress search --force`") from error
     return document
+
+
+def _candidate(record: Mapping[str, Any]) -> Candidate:
+    for key, kind in _CANDIDATE.items():
+        fields.typed("candidate", key, record[key], kind)
+    for value in record["block_nll"]:
+        fields.typed("candidate", "block_nll", value, float | None)
+    for item in record["windows"]:
+        fields.from_record(Window, item, "window")
+    return Candidate.from_dict(record)
