@@ -163,7 +163,7 @@ def _search(options: argparse.Namespace, overrides: list[str], notices: list[str
 
     body = pipeline.search(
         options.run,
-        from_record(_rewrite_record(options, overrides, {})),
+        from_record(_rewrite_record(options, overrides, {"start": "best"})),
         Search(
             strategy=options.strategy,
             count=options.count,
@@ -183,8 +183,12 @@ def _search(options: argparse.Namespace, overrides: list[str], notices: list[str
 def _finetune(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
     from . import fields, pipeline, recipe
 
-    given = {name: getattr(options, name) for name in ("steps", "train", "distill", "control")}
-    settings = fields.from_record(recipe.Finetune, {**given, **_keys(overrides, given, recipe)}, "finetune")
+    if options.force and options.resume:
+        raise UserError("--force begins anew and --resume goes on; give one")
+    named = {name: getattr(options, name) for name in ("steps", "train", "distill", "control")}
+    given = {name: value for name, value in named.items() if value not in (None, False)}
+    record = {"control": False, **given, **_keys(overrides, given, recipe)}
+    settings = fields.from_record(recipe.Finetune, record, "finetune")
     bodies = pipeline.finetune(
         options.run,
         settings,

@@ -285,13 +285,12 @@ def _finetune(command: Command) -> None:
     )
     tune.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `rewrite` made")
     tune.add_argument("--data", metavar="D", help=f"training and selection text (default: the run's): {_DATA}")
-    tune.add_argument("--steps", type=_positive, default=100, metavar="N", help="default: 100, of 4096 tokens each")
+    tune.add_argument("--steps", type=_positive, metavar="N", help="default: 100, of 4096 tokens each")
     tune.add_argument(
         "--train",
         choices=("auto", "deltas", "lora", "full"),
-        default="auto",
-        help="what is trained: the deltas, adapters that are merged at the end, everything; auto: deltas where there "
-        "are any, else lora",
+        help="what is trained: the deltas, adapters that are merged at the end, everything; auto (default): deltas "
+        "where there are any, else lora",
     )
     tune.add_argument("--distill", action="store_true", help="learn from the original's predictions")
     tune.add_argument("--control", action="store_true", help="also tune the original on the same budget")

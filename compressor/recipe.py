@@ -77,8 +77,9 @@ class Finetune:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "selection_tokens", "checkpoint_every", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"finetune: {name} is {getattr(self, name)}; allowed: 1 or more")
+            least = 2 if name == "selection_tokens" else 1  # the first token of a block is not predicted
+            if getattr(self, name) < least:
+                raise UserError(f"finetune: {name} is {getattr(self, name)}; allowed: {least} or more")
         for name in ("learning_rate", "penalty", "weight_decay", "clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"finetune: {name} is {getattr(self, name)}; allowed: 0 or more")

@@ -145,14 +145,19 @@ def warn_of_twins(found: Mapping[str, Checkpoint], notice: Callable[[str], None]
 
 
 def warn_of_strangers(names: Sequence[str], notice: Callable[[str], None]) -> None:
-    """Say so when a run's recovered model was made from another rewritten one than lies beside it now."""
+    """Say so when a run's recovered model was made from another rewritten one than lies beside it now, or its control
+    was not tuned alike."""
     for name in names:
         if not is_run(name):
             continue
         there = steps(name)
-        reports = {step: made(models.find(str(there[step]))) for step in ("rewritten", "recovered") if step in there}
-        rewritten, recovered = reports.get("rewritten"), reports.get("recovered")
-        if rewritten and recovered and recovered["made_from"]["start"] != rewritten["weights"]:
+        reports = {step: made(models.find(str(there[step]))) or {} for step in there}
+        recovered, control = (reports.get(step, {}).get("made_from", {}) for step in ("recovered", "control"))
+        rewritten = reports.get("rewritten", {}).get("weights")
+        if rewritten and recovered and recovered["start"] != rewritten:
             notice(
                 f"warning: {there['recovered']} was made from another rewritten model than {there['rewritten']} is now"
             )
+        different = [key for key in recovered if key != "start" and control and control.get(key) != recovered[key]]
+        if different:
+            notice(f"warning: {there['control']} was not tuned as recovered was ({', '.join(different)} differ)")

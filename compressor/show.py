@@ -163,11 +163,15 @@ def recovery(run: str, bodies: dict[str, dict[str, Any]]) -> str:
     """What a recovery did to each model."""
     lines = []
     for name, body in bodies.items():
-        done, score = body["recovery"], body["selection_perplexity"]
+        done = body["recovery"]
+        before, after = (
+            "beyond numbers" if score is None else f"{score:.2f}"
+            for score in (body["selection_perplexity"][when] for when in ("before", "after"))
+        )
         rate = done["tokens"] / done["training_seconds"] if done["training_seconds"] else math.nan
         lines.append(
             f"{run}/{name}: {done['train']}, {done['trainable']:,} parameters, {done['steps']} steps, best at "
-            f"{done['best_step']}; selection perplexity {score['before']:.2f} -> {score['after']:.2f}; "
+            f"{done['best_step']}; selection perplexity {before} -> {after}; "
             f"{rate:,.0f} tokens/s"
         )
     return "\n".join(lines)

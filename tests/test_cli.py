@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, make_model, make_text
+from conftest import largest_file, make_config, make_model, make_text, tree
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -22,54 +20,6 @@ from compressor.cli import main
 from compressor.verify import Check
 
 TWO = "rewrites: [{rewrite: soft_shared, n: 2, start: 0}, {rewrite: compressed_n, n: 2, start: %d}]\n"
-
-
-class Said:
-    """What a command answered."""
-
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> dict:
-        def no_constant(name):
-            raise ValueError(f"{name} is no JSON")
-
-        return json.loads(self.out, parse_constant=no_constant)
-
-
-@pytest.fixture
-def run(capfd):
-    """A function that runs a command line in this process. capfd: what libraries write past Python counts too."""
-
-    def run(*words: object) -> Said:
-        capfd.readouterr()
-        code = main([str(word) for word in words])
-        return Said(code, *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def refused(run, tmp_path):
-    """A function: a command line is the user's mistake, and left everything under tmp_path as it was."""
-
-    def refused(*words: object) -> str:
-        before = tree(tmp_path)
-        said = run(*words)
-        assert said.code == 2 and said.out == "", said.out + said.err
-        assert said.err.count("\n") == 1 and said.err.endswith("\n") and said.err.startswith("gpt2-compress: "), (
-            said.err
-        )
-        assert tree(tmp_path) == before
-        return said.err
-
-    return refused
-
-
-def tree(folder) -> dict:
-    """Every path below a folder, hidden ones too, files with their bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def rewrite(run, *words):
@@ -314,17 +264,6 @@ def test_an_interrupt_is_no_traceback(monkeypatch, run, tmp_path, tiny_folder):
 
 
 # ---------------------------------------------------------------- a full disk
-
-
-@contextmanager
-def largest_file(size):
-    """Every write that would make a file larger fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # bytes: from where only the smallest files are written to where only the largest is not

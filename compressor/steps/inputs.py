@@ -74,7 +74,8 @@ def part(
         raise UserError(f"context is {context}; allowed: 2 to {room}, the positions of the model")
     facts = aligned.calibration
     if source is None:
-        source, columns = facts["specs"], Columns(facts["text_column"], facts["split_given"])
+        source = facts["specs"]
+        columns = Columns(columns.text_column or facts["text_column"], columns.split or facts["split_given"])
     text = data.recipe_text(source, name, text_column=columns.text_column, split=columns.split)
     if data.overlap(data.describe(text), facts):
         raise UserError(

@@ -60,18 +60,22 @@ def finetune(
     if settings.control:
         assert base is not None
         jobs.append(Job("control", base, [], control_train(settings.train), None))
-    asked = {name: value for name, value in dataclasses.asdict(settings).items() if name != "control"}
+    asked = dataclasses.asdict(settings)
+    given = {job.name: made_from(job.opened.hash, asked, parts, session.seed) for job in jobs}
     if not resume:
         _refuse_what_is_there(run, jobs, session)
+    done = {job.name: finished(run, job.name, given[job.name]) if resume else None for job in jobs}
     if session.main:
         artifacts.sweep(run)
     bodies = {}
     for job in jobs:
-        kept = finished(run, job.name, job.opened.hash, asked, parts) if resume else None
+        kept = done[job.name]
         if kept is not None and session.main:  # killed between the result and this
             artifacts.remove(run / CHECKPOINTS / job.name)
             _remove_empty(run / CHECKPOINTS)
-        bodies[job.name] = _train(run, job, asked, parts, aligned, session, resume) if kept is None else kept
+        bodies[job.name] = (
+            _train(run, job, asked, given[job.name], parts, aligned, session, resume) if kept is None else kept
+        )
     return bodies
 
 
@@ -96,32 +100,44 @@ def _refuse_what_is_there(run: Path, jobs: list[Job], session: Session) -> None:
             )
 
 
-def finished(
-    run: Path, name: str, start: str, asked: Mapping[str, Any], parts: Mapping[str, Part]
-) -> dict[str, Any] | None:
-    """The report of a recovery that was made from these weights, settings and texts; None where there is none.
+# What decides neither where a training ends nor what is in its folder.
+_WITHOUT_EFFECT = ("control", "checkpoint_every")
+
+
+def made_from(start: str, asked: Mapping[str, Any], parts: Mapping[str, Part], seed: int) -> dict[str, Any]:
+    """Everything that decides what comes out of a recovery of the weights `start`."""
+    settings = {name: value for name, value in asked.items() if name not in _WITHOUT_EFFECT}
+    return {
+        "start": start,
+        **settings,
+        "seed": seed,
+        **{name: item.blocks.fingerprint for name, item in parts.items()},
+    }
+
+
+def finished(run: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The body of the report of a recovery that was made from what is given; None where there is none.
 
     Raises UserError for one that was made otherwise.
     """
-    report = run_folder.steps(run).get(name)
-    if report is None:
+    folder = run_folder.steps(run).get(name)
+    if folder is None:
         return None
-    body = run_folder.made(models.find(str(report)))
-    if body is None or "made_from" not in body:
-        raise UserError(f"{report} was not made by `gpt2-compress finetune`; give another --run, or --force")
-    given = {"start": start, **asked, **{name: item.blocks.fingerprint for name, item in parts.items()}}
+    body = run_folder.made(models.find(str(folder)))
+    if body is None or body["kind"] != verify.RECOVERY:
+        raise UserError(f"{folder} was not made by `gpt2-compress finetune`; give another --run, or --force")
     for key, value in given.items():
         if body["made_from"].get(key) != value:
-            raise UserError(
-                f"{report} was made with {key}={body['made_from'].get(key)}, now it is {value}; --force makes it anew"
-            )
-    return body
+            then = body["made_from"].get(key)
+            raise UserError(f"{folder} was made with {key}={then}, now it is {value}; --force makes it anew")
+    return {key: value for key, value in body.items() if key not in ("kind", "schema", "provenance")}
 
 
 def _train(
     run: Path,
     job: Job,
     asked: Mapping[str, Any],
+    given: Mapping[str, Any],
     parts: Mapping[str, Part],
     aligned: Aligned,
     session: Session,
@@ -164,7 +180,7 @@ def _train(
     body: dict[str, Any] = {}
     with session.alone() as here:
         if here:
-            body = _save(target, job, result, asked, parts, origin, session)
+            body = _save(target, job, result, given, origin)
             training_state.remove(state)
             _remove_empty(run / CHECKPOINTS)
     return body
@@ -183,10 +199,8 @@ def _save(
     target: Path,
     job: Job,
     result: Recovery,
-    asked: Mapping[str, Any],
-    parts: Mapping[str, Part],
+    given: Mapping[str, Any],
     origin: artifacts.Provenance,
-    session: Session,
 ) -> dict[str, Any]:
     opened = job.opened
     earlier = verify.made(opened.folder, opened.model.config)
@@ -195,11 +209,7 @@ def _save(
         count = parameters(opened.model)
         best = next(row for row in result.evaluations if row.step == result.best_step)
         body = {
-            "made_from": {
-                "start": opened.hash,
-                **asked,
-                **{name: item.blocks.fingerprint for name, item in parts.items()},
-            },
+            "made_from": dict(given),
             "rewrites": [item.record() for item in job.rewrites],
             "layers": opened.model.config.n_layer,
             "parameters": count,
@@ -209,10 +219,15 @@ def _save(
             "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
             "probe": models.probe(opened.model.float()),
             "selection_perplexity": {
-                "before": math.exp(result.evaluations[0].nll),
-                "after": math.exp(best.nll),
+                "before": _perplexity(result.evaluations[0].nll),
+                "after": _perplexity(best.nll),
             },
             "recovery": dataclasses.asdict(result),
         }
         artifacts.write_json(folder / verify.REPORT, verify.RECOVERY, body, origin)
     return body
+
+
+def _perplexity(nll: float) -> float | None:
+    """None for a model so broken that its perplexity is beyond a float."""
+    return math.exp(nll) if nll < 700 else None

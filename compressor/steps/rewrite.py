@@ -79,6 +79,11 @@ def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[st
             body,
             session.origin(base, {"calibration": {**aligned.calibration, "tokens": calibration.tokens}}),
         )
+    if "recovered" in run_folder.steps(run):
+        session.notice(
+            f"warning: {run / 'recovered'} is of the rewritten model that was here before; "
+            f"`gpt2-compress finetune --run {run} --force` makes it anew"
+        )
     return body
 
 
