@@ -44,6 +44,8 @@ class Search:
     def __post_init__(self) -> None:
         if self.count < 1 or self.max_tokens < 2:
             raise UserError(f"search: count is {self.count}, max_tokens {self.max_tokens}; allowed: 1, 2 or more")
+        if self.count != 1 and self.strategy != "random":
+            raise UserError(f"search: count={self.count} is for strategy=random; strategy is {self.strategy}")
         if self.sizes is not None:
             if self.target_parameters is None:
                 raise UserError("search: sizes are for target_parameters; give both")

@@ -68,14 +68,13 @@ def load(folder: StateFolder, settings: Mapping[str, Any]) -> TrainingState | No
     stored = facts.pop("provenance")
     if stored["base_hash"] != folder.origin.base_hash:
         raise UserError(
-            f"{folder.path} holds the training state of another model ({stored['base_model']}); "
-            "leave out --resume to begin anew"
+            f"{folder.path} holds the training state of another model ({stored['base_model']}); --force begins anew"
         )
     for name, value in settings.items():
         if facts["settings"].get(name) != value:
             raise UserError(
                 f"{folder.path} holds a training with {name}={facts['settings'].get(name)}, now it is {value}; "
-                "give the same, or leave out --resume to begin anew"
+                "give the same, or --force to begin anew"
             )
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
     for key, tensor in artifacts.read_tensors(folder.state / "state.safetensors", "finetune").items():

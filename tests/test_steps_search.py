@@ -449,3 +449,14 @@ def test_what_cannot_be_searched(aligned_run, text_file, tmp_path, session):
             search(aligned_run, session, **changes)
         assert said in str(error.value) and "\n" not in str(error.value)
         assert tree(aligned_run) == before
+
+
+def test_a_narrower_search_does_not_lose_the_scores_of_a_wider_one(aligned_run, session):
+    rewrite = from_record({"rewrite": "soft_shared", "n": 4, "rank": 2, "delta_init": "svd", "base": "mean"})
+    pipeline.search(aligned_run, rewrite, Search(strategy="middle", max_tokens=256, context=32), session)
+    wide = pipeline.search(aligned_run, rewrite, Search(max_tokens=256, context=32), session)
+    assert len(wide["candidates"]) == 3
+    before = (aligned_run / "windows.json").read_bytes()
+    with pytest.raises(UserError, match="has 2 windows or plans that this search would not look at"):
+        pipeline.search(aligned_run, rewrite, Search(strategy="middle", max_tokens=256, context=32), session)
+    assert (aligned_run / "windows.json").read_bytes() == before

@@ -92,7 +92,7 @@ def test_another_model_or_other_settings_are_refused(tmp_path):
     training_state.save(place, state(4))
     with pytest.raises(UserError, match="of another model"):
         training_state.load(folder(place.path, "other"), SETTINGS)
-    with pytest.raises(UserError, match=r"learning_rate=0\.001, now it is 0\.1; .*--resume"):
+    with pytest.raises(UserError, match=r"learning_rate=0\.001, now it is 0\.1; .*--force"):
         training_state.load(place, {**SETTINGS, "learning_rate": 0.1})
 
 

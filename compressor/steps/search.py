@@ -15,7 +15,7 @@ from ..rewrites import Rewrite, from_record
 from ..rewrites.base import WindowRewrite
 from ..rewrites.compose import check
 from ..run_folder import Aligned
-from ..search import search_windows
+from ..search import allowed_windows, search_windows
 from ..session import ANYWHERE, Columns, Session
 from ..windows import Candidate, Plan, Race, SearchResult, Window
 from .inputs import calibration_blocks, open_base, part
@@ -76,6 +76,14 @@ def search(
         different = ", ".join(key for key, value in scored.items() if earlier["scored"].get(key) != value)
         raise UserError(f"{path} is of another search ({different} differ); give another --run, or --force")
     known = [] if earlier is None else [Candidate.from_dict(item) for item in earlier["candidates"]]
+    if earlier is not None and earlier["complete"] and settings.target_parameters is None:
+        wide = allowed_windows(
+            wanted, config, others, strategy=settings.strategy, count=settings.count, seed=session.seed
+        )
+        if lost := sum(item.windows not in {(window,) for window in wide} for item in known):
+            raise UserError(
+                f"{path} has {lost} windows or plans that this search would not look at; give another --run, or --force"
+            )
     session.processes.wait()  # all have read it
     if session.main:
         artifacts.sweep(run)
