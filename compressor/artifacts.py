@@ -95,7 +95,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 def _refused(path: Path, reason: object) -> UserError:
     final = Path(*(part for part in Path(path).parts if not part.startswith(_UNFINISHED)))
-    return UserError(f"cannot write {final}: {reason}; nothing was kept of this step")
+    return UserError(f"cannot write {final}: {reason}; what was there before is as it was")
 
 
 @contextmanager
@@ -156,8 +156,16 @@ def read_json(path: Path, kind: str, made_by: str) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a .safetensors file, atomically."""
+    path = Path(path)
+    temporary = path.with_name(_UNFINISHED + path.name)
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in sorted(tensors.items())}
-    write_bytes(path, safetensors.torch.save(contiguous, metadata={"format": "pt"}))
+    with _disk_errors(path), _parents(path):
+        try:
+            safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
+            _fsync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
@@ -233,10 +241,15 @@ def new_files(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it is there; a folder as a whole: a kill leaves no half of it."""
     with _disk_errors(path):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            doomed = path
+            if not path.name.startswith((_UNFINISHED, _REPLACED)):  # which the next start sweeps
+                doomed = path.with_name(_UNFINISHED + path.name)
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.replace(path, doomed)
+            shutil.rmtree(doomed)
         else:
             path.unlink(missing_ok=True)
 

@@ -118,8 +118,8 @@ def benchmark(
 ) -> Report:
     """Measure every model with every metric.
 
-    models: name of the row -> model, the first one the baseline; read once and in order, so a mapping may open them as
-    it goes. A metric that measures models together needs all of them open; it comes first, so that the mistakes in its
+    models: name of the row -> model, the first one the baseline; read in order, so a mapping may open them as it goes.
+    A metric that measures models together needs all of them open at once; it comes first, so that the mistakes in its
     settings do.
     metrics: names of METRICS, or {"metric": name, setting: value, ...}; the same metric may stand twice with other
     settings. data: metric -> what it measures on. Raises UserError for an unknown metric or setting and missing data.
@@ -132,13 +132,12 @@ def benchmark(
             raise UserError(f"metric {metric!r} needs data; give --data D or --data {metric}=D")
     together: dict[int, list[list[MetricResult]]] = {}  # place among `chosen` -> the results of each model
     if any(METRICS[metric].together for metric, _ in chosen):
-        models = dict(models.items())
+        opened = list(models.values())
         for place, (metric, settings) in enumerate(chosen):
             if METRICS[metric].together:
                 with _progress(metric, quiet) as progress:
-                    together[place] = METRICS[metric].run(
-                        list(models.values()), data.get(metric), progress=progress, **settings
-                    )
+                    together[place] = METRICS[metric].run(opened, data.get(metric), progress=progress, **settings)
+        del opened  # the other metrics need one model at a time
     rows = []
     for index, (name, subject) in enumerate(models.items()):
         results: list[MetricResult] = []

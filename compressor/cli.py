@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.command not in SHARED and not _main_process():
                 return 0
             code = COMMANDS[options.command](options, overrides, notices)
+            _leave(options)
         sys.stdout.flush()
         for notice in notices if _main_process() and not options.quiet else []:
             print(notice, file=sys.stderr)
@@ -55,6 +56,13 @@ def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _leave(options: argparse.Namespace) -> None:
+    if options.command in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from .processes import leave
+
+        leave()
+
+
 def _silence(options: argparse.Namespace) -> None:
     """Libraries' own chatter: what matters is said by the command."""
     warnings.simplefilter("ignore")
@@ -70,7 +78,7 @@ def _silence(options: argparse.Namespace) -> None:
 
 
 def _session(options: argparse.Namespace, notices: list[str]) -> Session:
-    from .processes import processes
+    from .processes import ALONE, processes
     from .session import Session
 
     return Session(
@@ -80,7 +88,7 @@ def _session(options: argparse.Namespace, notices: list[str]) -> Session:
         force=options.force,
         quiet=options.quiet,
         notice=notices.append,
-        processes=processes(),
+        processes=processes() if options.command in SHARED else ALONE,
     )
 
 
@@ -205,7 +213,8 @@ def _run(options: argparse.Namespace, overrides: list[str], notices: list[str]) 
 
     chosen = recipe.load(options.recipe, _seeded(options, overrides))
     folder = options.run or pipeline.run_name(options.recipe)
-    result = pipeline.run(folder, chosen, _session(options, notices))
+    columns = pipeline.Columns(options.text_column, options.split)
+    result = pipeline.run(folder, chosen, _session(options, notices), columns=columns)
     return _print(
         options,
         result.to_dict(),

@@ -97,7 +97,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         "  gpt2-compress align --model gpt2 --data wikitext --run runs/mine\n"
         "  gpt2-compress rewrite --run runs/mine --rewrite soft_shared --n 4 --rank 8\n"
         "  gpt2-compress finetune --run runs/mine --steps 100 --control\n"
-        "  gpt2-compress benchmark runs/mine --out runs/mine --data wikitext",
+        "  gpt2-compress benchmark runs/mine --out runs/mine/report --data wikitext",
     )
     parser.add_argument("--version", action="version", version=f"gpt2-compress {__version__}")
     group = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
@@ -144,6 +144,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     )
     demo.add_argument("--recipe", default="soft_shared", metavar="RECIPE", help="default: soft_shared")
     demo.add_argument("--run", type=_folder, metavar="DIR", default=Path("runs/demo"), help="default: runs/demo")
+    demo.set_defaults(text_column=None, split=None)
     return parser, commands
 
 
@@ -280,7 +281,7 @@ def _finetune(command: Command) -> None:
         "recover by a short training (step 5)",
         "finetune --run runs/mine --steps 100 --control",
         "finetune --run runs/mine --train full --learning-rate 1e-4 --distill --data wikitext",
-        "finetune --run runs/mine --resume",
+        "finetune --run runs/mine --steps 100 --control --resume",
         keys=True,
     )
     tune.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `rewrite` made")
@@ -309,6 +310,7 @@ def _run(command: Command) -> None:
     )
     run.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
     run.add_argument("--run", type=_folder, metavar="DIR", help="default: runs/RECIPE")
+    _columns(run)
 
 
 def _benchmark(command: Command) -> None:

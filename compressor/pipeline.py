@@ -9,6 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import artifacts, benchmark, data, models, report, run_folder
 from .benchmark import Report
 from .errors import UserError
@@ -17,13 +19,14 @@ from .finetune import resolve_train
 from .recipe import Recipe, parse_yaml
 from .rewrites import Rewrite
 from .rewrites.compose import check, structure
-from .session import Columns, Session, lasting_data, must_be_folder
+from .search import allowed_windows
+from .session import ANYWHERE, Columns, Session, lasting_data, must_be_folder
 from .steps.align import align
 from .steps.measure import run_benchmark
 from .steps.prove import export, verify_model
 from .steps.recover import CHECKPOINTS, finetune
 from .steps.rewrite import rewrite
-from .steps.search import found_windows, search, searched_with, windows_file
+from .steps.search import found_windows, search, search_context, searched_with, windows_file
 
 __all__ = [
     "Columns",
@@ -46,7 +49,7 @@ _MADE = ("report.json", "report.md", report.PLOT, CHECKPOINTS, "recovered", "con
          "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
 
 
-def run(folder: Path, recipe: Recipe, session: Session) -> Report:
+def run(folder: Path, recipe: Recipe, session: Session, *, columns: Columns = ANYWHERE) -> Report:
     """Every step of a recipe, into one run folder; returns its report.
 
     Finished steps stay as they are and an interrupted one goes on, so that a killed run that is started again ends in
@@ -57,12 +60,12 @@ def run(folder: Path, recipe: Recipe, session: Session) -> Report:
     folder = Path(folder)
     session = dataclasses.replace(session, seed=recipe.seed)
     must_be_folder(folder)
-    _check(recipe)
+    _check(recipe, session, columns)
     with session.alone() as here:
         if here:
             _claim(folder, recipe, session)
     session = dataclasses.replace(session, force=False)  # what was there is gone or stays
-    _align(folder, recipe, session)
+    _align(folder, recipe, session, columns)
     _search(folder, recipe, session)
     with session.alone() as here:
         if here:
@@ -75,29 +78,41 @@ def run(folder: Path, recipe: Recipe, session: Session) -> Report:
     return report.read(folder)
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, session: Session, columns: Columns) -> None:
     """Every mistake that can be seen before the first step."""
+    models.parse_device(session.device)
+    dtype = models.parse_dtype(session.dtype)
     found = models.find(recipe.model)
     config = found.config
     check(recipe.rewrites, config)
     somewhere = placed_somewhere(recipe.rewrites, config)
     result = models.build(structure(somewhere, config))
-    wanted = ["calibration", "test"]
-    if recipe.search is not None and _searched(recipe) is not None:
-        wanted.append("selection")
-    contexts = dict.fromkeys(("calibration", "selection", "training", "test"), 2)
+    contexts = {"calibration": config.n_positions, "test": 2}  # of one block of each part that is needed
+    place, settings = _searched(recipe), recipe.search
+    if place is not None and settings is not None:
+        contexts["selection"] = search_context(settings, config)
+        others = [item for index, item in enumerate(somewhere) if index != place]
+        if settings.target_parameters is None:
+            drawn = {"strategy": settings.strategy, "count": settings.count, "seed": recipe.seed}
+            allowed_windows(recipe.rewrites[place], config, others, **drawn)  # type: ignore[arg-type]
     if recipe.finetune is not None:
+        if dtype not in (torch.float32, torch.float64):
+            raise UserError(f"recovery trains float32 weights; leave --dtype {session.dtype} out, bfloat16 is autocast")
         resolve_train(recipe.finetune.train, result, somewhere)
-        wanted += ["selection", "training"]
         contexts["training"] = recipe.finetune.context or config.n_positions
-        if contexts["training"] > config.n_positions:
-            raise UserError(f"finetune: context is {contexts['training']}; allowed: 2 to {config.n_positions}")
-    contexts["calibration"] = config.n_positions
+        contexts["selection"] = max(contexts["training"], contexts.get("selection", 2))
+    for part, context in contexts.items():
+        if context > config.n_positions:
+            raise UserError(f"the context for {part} text is {context}; allowed: 2 to {config.n_positions}")
     tokenizer = models.open_tokenizer(recipe.model, found.folder, config)
-    for part in dict.fromkeys(wanted):
-        text = data.recipe_text(recipe.data, part)
-        context = contexts[part]
+    described: dict[str, dict[str, Any]] = {}
+    for part, context in contexts.items():
+        text = data.recipe_text(recipe.data, part, text_column=columns.text_column, split=columns.split)
         data.token_blocks(text, tokenizer, context=context, max_tokens=context, seed=0, evenly=False)
+        for other, facts in described.items():
+            if data.overlap(facts, data.describe(text)):
+                raise UserError(f"data.{other} and data.{part} share text ({text.source}); give each its own")
+        described[part] = data.describe(text)
 
 
 def _searched(recipe: Recipe) -> int | None:
@@ -108,6 +123,10 @@ def _searched(recipe: Recipe) -> int | None:
 def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
     """Write recipe.yaml, or find the same one there. Raises UserError for a folder with something else in it."""
     stored = folder / RECIPE
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a model's folder; give another --run")
+    if folder.is_dir():
+        artifacts.sweep(folder)  # first: what a kill left is neither something else nor to come back later
     if session.force:
         _clear(folder)
     elif stored.is_file():
@@ -123,19 +142,18 @@ def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
         raise UserError(f"{folder} exists already and is no run of a recipe; give another --run, or --force")
     if not stored.is_file():
         artifacts.write_bytes(stored, recipe.dump().encode())
-    artifacts.sweep(folder)
 
 
 def _clear(folder: Path) -> None:
-    if (folder / "config.json").is_file():
-        raise UserError(f"{folder} is a model's folder; give another --run")
     for name in _MADE:
         artifacts.remove(folder / name)
 
 
-def _align(folder: Path, recipe: Recipe, session: Session) -> None:
-    if not (folder / "alignment.json").is_file():
-        align(folder, recipe.model, recipe.data, recipe.align, session)
+def _align(folder: Path, recipe: Recipe, session: Session, columns: Columns) -> None:
+    there = (folder / "alignment.json").is_file()
+    session.processes.wait()  # all have looked
+    if not there:
+        align(folder, recipe.model, recipe.data, recipe.align, session, columns=columns)
         return
     aligned = run_folder.aligned(folder)
     facts, solved, wanted = aligned.calibration, aligned.alignments, recipe.align
@@ -147,6 +165,8 @@ def _align(folder: Path, recipe: Recipe, session: Session) -> None:
     same = {
         "model": aligned.base_hash == artifacts.hash_files(list(models.find(recipe.model).files)),
         "data": facts["specs"] == specs,
+        "text column or split": (facts["text_column"], facts["split_given"]) == (columns.text_column, columns.split),
+        "dtype": aligned.dtype == _dtype(session),
         "seed": aligned.seed == recipe.seed,
         "max_tokens": facts.get("max_tokens") == wanted.max_tokens,
         "method": solved.method == wanted.method,
@@ -168,6 +188,7 @@ def _search(folder: Path, recipe: Recipe, session: Session) -> None:
         same = {
             "settings": then["settings"] == dataclasses.asdict(recipe.search),
             "seed": then["seed"] == recipe.seed,
+            "dtype": then["dtype"] == _dtype(session),
             "others": then["others"] == [item.resolved(config).record() for item in others],
         }
         _refuse(windows_file(folder), same)
@@ -192,8 +213,13 @@ def _rewrite(folder: Path, recipe: Recipe, session: Session) -> None:
         "rewrites": then is not None and then["rewrites"] == wanted,
         "alignment": then is not None and then["alignment"]["tensors"] == aligned.tensors,
         "seed": then is not None and then["provenance"]["seed"] == recipe.seed,
+        "dtype": then is not None and then["provenance"]["dtype"] == _dtype(session),
     }
     _refuse(made, same)
+
+
+def _dtype(session: Session) -> str:
+    return str(models.parse_dtype(session.dtype)).removeprefix("torch.")
 
 
 def _records(folder: Path, item: Rewrite, aligned: run_folder.Aligned) -> list[dict[str, Any]]:
@@ -214,17 +240,26 @@ def _refuse(made: Path, same: dict[str, bool]) -> None:
 
 
 def _benchmark(folder: Path, recipe: Recipe, session: Session) -> None:
-    chosen = benchmark.check_metrics(recipe.benchmark.metrics)
     if (folder / "report.json").is_file():
         earlier = report.read(folder)
         now = {
             row: artifacts.hash_files(list(models.find(model).files))
             for row, model in run_folder.rows([str(folder)]).items()
         }
-        metrics = [{"metric": metric, **settings} for metric, settings in chosen]
-        if {row.name: row.weights for row in earlier.rows} == now and list(earlier.metrics) == metrics:
-            return
-        session = dataclasses.replace(session, force=True)  # of models that are no longer these
+        metrics = [
+            {"metric": metric, **settings} for metric, settings in benchmark.check_metrics(recipe.benchmark.metrics)
+        ]
+        test = run_folder.test_text("perplexity", [str(folder)], None, None).fingerprint
+        same = (
+            {row.name: row.weights for row in earlier.rows} == now
+            and list(earlier.metrics) == metrics
+            and all(facts["fingerprint"] == test for facts in earlier.origin.data.values())
+        )
+        if not same:
+            raise UserError(
+                f"{folder / 'report.json'} is another report than this recipe's; move it away and run again"
+            )
+        return
     run_benchmark([str(folder)], folder, recipe.benchmark.metrics, {}, session)
 
 

@@ -59,6 +59,15 @@ def processes() -> Processes:
     return Processes(found.process_index, found.num_processes)
 
 
+def leave() -> None:
+    """Part from the other processes when the work is done: a process that just ends can make another abort."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def accelerator() -> Accelerator:
     """Processes and their devices. Its precision is left alone: it is one for a whole process, and ours is not."""
     from accelerate import Accelerator

@@ -14,6 +14,7 @@ import yaml
 
 from . import benchmark, data, fields
 from .errors import UserError, unknown
+from .plans import parameter_count
 from .rewrites import REWRITES, Rewrite, from_record
 from .rewrites.base import WindowRewrite
 
@@ -46,6 +47,10 @@ class Search:
             raise UserError(f"search: count is {self.count}, max_tokens {self.max_tokens}; allowed: 1, 2 or more")
         if self.count != 1 and self.strategy != "random":
             raise UserError(f"search: count={self.count} is for strategy=random; strategy is {self.strategy}")
+        if self.target_parameters is not None:
+            parameter_count(self.target_parameters)
+            if self.strategy != "all":
+                raise UserError(f"search: strategy={self.strategy} is for single windows; leave target_parameters out")
         if self.sizes is not None:
             if self.target_parameters is None:
                 raise UserError("search: sizes are for target_parameters; give both")
@@ -71,11 +76,12 @@ class Finetune:
     checkpoint_every: int = 25  # steps
     warm_up: int | None = None  # steps; null: a twentieth of them
     weight_decay: float = 0.01
-    clip: float = 1.0
+    clip: float = 1.0  # norm of the gradient; 0: not clipped
     dropout: bool = False
     lora_rank: int = 8
     lora_alpha: float = 16.0
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    forward_tokens: int | None = None  # of one forward pass, for little memory; null: 2048 on a CPU, else 16384
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "selection_tokens", "checkpoint_every", "lora_rank"):
@@ -87,8 +93,11 @@ class Finetune:
                 raise UserError(f"finetune: {name} is {getattr(self, name)}; allowed: 0 or more")
         if not 0 <= self.mix <= 1:
             raise UserError(f"finetune: mix is {self.mix}; allowed: 0 to 1")
-        for name in ("context", "evaluate_every", "warm_up"):
-            least = {"context": 2, "evaluate_every": 1, "warm_up": 0}[name]
+        if self.mix != 1 and not self.distill:
+            raise UserError(f"finetune: mix={self.mix} is the teacher's share; it needs distill=true")
+        if self.lora_alpha <= 0:
+            raise UserError(f"finetune: lora_alpha is {self.lora_alpha}; allowed: above 0")
+        for name, least in {"context": 2, "evaluate_every": 1, "warm_up": 0, "forward_tokens": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"finetune: {name} is {value}; allowed: {least} or more")

@@ -32,6 +32,7 @@ class Aligned:
     base_model: str
     base_hash: str
     seed: int
+    dtype: str  # that it was computed in
     calibration: dict[
         str, Any
     ]  # what data.describe gives; "specs": a recipe's data, "named": each part as it was given
@@ -58,10 +59,12 @@ def aligned(path: str | Path) -> Aligned:
         for row in alignments.solved:
             for key, value in dataclasses.asdict(row.quality).items():
                 fields.typed("quality", key, value, float)
-        for key, wanted in {"base_model": str, "base_hash": str, "seed": int}.items():
+        for key, wanted in {"base_model": str, "base_hash": str, "seed": int, "dtype": str}.items():
             fields.typed("provenance", key, origin[key], wanted)
         tensors = artifacts.hash_files([folder / "alignment.safetensors"])
-        return Aligned(alignments, tensors, origin["base_model"], origin["base_hash"], origin["seed"], facts)
+        return Aligned(
+            alignments, tensors, origin["base_model"], origin["base_hash"], origin["seed"], origin["dtype"], facts
+        )
     except (KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{folder / 'alignment.json'} is damaged ({error}); make it anew with `gpt2-compress align --force`"
@@ -158,6 +161,6 @@ def warn_of_strangers(names: Sequence[str], notice: Callable[[str], None]) -> No
             notice(
                 f"warning: {there['recovered']} was made from another rewritten model than {there['rewritten']} is now"
             )
-        different = [key for key in recovered if key != "start" and control and control.get(key) != recovered[key]]
-        if different:
+        different = [key for key in control if key not in ("start", "train") and recovered.get(key) != control[key]]
+        if recovered and different:
             notice(f"warning: {there['control']} was not tuned as recovered was ({', '.join(different)} differ)")

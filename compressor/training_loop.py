@@ -171,7 +171,7 @@ class Loop:
                     (loss if term is None else loss + settings["penalty"] * term).backward()
                 sums += part
         parameters = list(self.parameters.values())
-        norm = nn.utils.clip_grad_norm_(parameters, settings["clip"])
+        norm = nn.utils.clip_grad_norm_(parameters, settings["clip"] or math.inf)  # 0: not clipped
         factor = rate_factor(self.step, settings["steps"], settings["warm_up"])
         for group in self.optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * factor
@@ -230,6 +230,8 @@ class Loop:
             self._keep()
             return
         nll, tokens = self._selection_nll(self.evaluation)
+        if not math.isfinite(nll) and self.step == 0:
+            raise UserError("the model's loss on the selection text is not a finite number before any training")
         if not math.isfinite(nll):
             raise self._diverged(self.step, "selection loss")
         if self.annealed or nll < min((earlier.nll for earlier in self.evaluations), default=math.inf):

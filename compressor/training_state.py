@@ -6,7 +6,6 @@ complete state, never tensors of one step with facts of another.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,6 +86,6 @@ def remove(folder: StateFolder) -> None:
     """Forget the stored state: the recovered model is safe on disk, or another training begins."""
     if Path(folder.path).is_dir():
         artifacts.sweep(folder.path)
-        shutil.rmtree(folder.state, ignore_errors=True)
+        artifacts.remove(folder.state)
         with suppress(OSError):  # something else lies there
             Path(folder.path).rmdir()

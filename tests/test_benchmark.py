@@ -215,7 +215,8 @@ def test_suites_of_the_package_can_be_run(name, opened):
     assert content["description"] and check_metrics(content["metrics"])
     report = benchmark({"one": opened["one"]}, content["metrics"], {"perplexity": TEXT}, origin=ORIGIN, quiet=True)
     measured = {result.metric for result in report.rows[0].results}
-    assert measured == {"perplexity", "word_perplexity", "parameters", "bytes", "flops_per_token"}
+    assert measured == {"perplexity", "word_perplexity", "parameters", "bytes", "flops_per_token",
+                        "prefill_latency", "decode_latency"}  # fmt: skip
 
 
 def test_a_suite_may_be_a_file(tmp_path: Path):

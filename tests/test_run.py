@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import make_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -20,8 +22,9 @@ from compressor.cli import main
 from compressor.errors import UserError
 from compressor.models import open_model
 from compressor.recipe import load
-from compressor.session import Session
+from compressor.session import Columns, Session
 
+SHORT = ["search=null", "finetune=null", "benchmark.metrics=[size]"]
 METRICS = "[{metric: perplexity, max_tokens: 300}, size]"
 
 
@@ -116,7 +119,9 @@ def test_what_is_missing_is_made_again(tmp_path, tiny_folder, text_file, session
     [
         ("align --model {model} --data {text} --run {run} --max-tokens 300 --force", "alignment.json"),
         ("rewrite --run {run} --rewrite soft_shared n=4 rank=2 start=0 --force", "rewritten is not what this recipe"),
-        ("finetune --run {run} --steps 1 --force", "was made with steps=1, now it is 2"),
+        ("finetune --run {run} --steps 1 --train lora --force", "was made with steps=1, now it is 2"),
+        ("benchmark {run} --out {run} --metrics size --force", "another report than this recipe's; move it away"),
+        ("benchmark {run} --out {run} --data {run}/recipe.yaml.txt --force", "another report"),
         ("search --run {run} --rewrite soft_shared n=4 rank=4 base=lsq --force --strategy middle", "settings"),
     ],
 )
@@ -126,6 +131,7 @@ def test_a_step_that_was_made_otherwise_is_neither_replaced_nor_built_upon(
     run = tmp_path / "run"
     chosen = load("soft_shared", keys(tiny_folder, text_file, "finetune.steps=2", "finetune.control=false"))
     pipeline.run(run, chosen, session)
+    (run / "recipe.yaml.txt").write_text(text_file.read_text()[:3000])
     assert main([*command.format(model=tiny_folder, text=text_file, run=run).split(), "--quiet"]) == 0
     before = tree(run)
     with pytest.raises(UserError, match=said):
@@ -140,7 +146,9 @@ def test_a_step_that_was_made_otherwise_is_neither_replaced_nor_built_upon(
         (["rank=99"], "rank"),
         (["data=none.txt"], "none.txt"),
         (["model=./none"], "does not exist"),
-        (["finetune.context=65"], "context is 65; allowed: 2 to 64"),
+        (["finetune.context=65"], "text is 65; allowed: 2 to 64"),
+        (["search.context=65"], "selection text is 65; allowed: 2 to 64"),
+        (["search.strategy=random", "search.count=4"], "count 4 is out of range for 3 windows"),
         (["rank=0", "finetune.train=deltas"], "train is 'deltas', and this model has none"),
     ],
 )
@@ -157,6 +165,70 @@ def test_a_part_with_too_little_text_is_found_before_the_first_step(tmp_path, ti
     with pytest.raises(UserError, match=r"training part of .*short.txt.* tokens, one block needs 64"):
         pipeline.run(tmp_path / "run", load("soft_shared", [*keys(tiny_folder, text_file), f"data={parts}"]), session)
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_the_session_are_checked_before_anything_is_written(tmp_path, tiny_folder, text_file, session):
+    chosen = load("soft_shared", keys(tiny_folder, text_file))
+    for settings, said in (
+        ({"dtype": "bfloat16"}, "recovery trains float32 weights; leave --dtype bfloat16 out"),
+        ({"dtype": "half"}, "unknown dtype"),
+        ({"device": "nonsense"}, "cannot be used here"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pipeline.run(tmp_path / "run", chosen, dataclasses.replace(session, **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_of_another_dtype_are_not_built_upon(tmp_path, tiny_folder, text_file, session):
+    few = load("soft_shared", keys(tiny_folder, text_file, "finetune=null", "start=1"))
+    pipeline.run(tmp_path / "run", few, dataclasses.replace(session, dtype="float64"))
+    with pytest.raises(UserError, match=r"alignment\.json is not what this recipe makes \(dtype differ\)"):
+        pipeline.run(tmp_path / "run", few, session)
+
+
+def test_parts_that_are_one_text_under_two_names_are_refused(tmp_path, tiny_folder, text_file, session):
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(make_text(300, seed=4))
+    parts = (
+        f"{{calibration: {text_file}, selection: {text_file}, training: {tmp_path}/one.txt, test: {tmp_path}/two.txt}}"
+    )
+    with pytest.raises(UserError, match=r"data\.\w+ and data\.\w+ share text"):
+        pipeline.run(tmp_path / "run", load("soft_shared", [*keys(tiny_folder, text_file), f"data={parts}"]), session)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_kill_while_the_recipe_is_written(tmp_path, tiny_folder, text_file, session):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".gpt2-compress-partial-recipe.yaml").write_text("half")
+    off = load("soft_shared", [*keys(tiny_folder, text_file)[:4], *SHORT])
+    pipeline.run(run, off, session)
+    assert {path.name for path in run.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_what_a_killed_replacement_left_does_not_come_back_after_force(tmp_path, tiny_folder, text_file, session):
+    run = tmp_path / "run"
+    off = load("soft_shared", [*keys(tiny_folder, text_file)[:4], *SHORT])
+    pipeline.run(run, off, session)
+    (run / "rewritten").rename(run / ".gpt2-compress-replaced-rewritten")
+    other = load("soft_shared", ["rank=2", *keys(tiny_folder, text_file)[:2], *SHORT])
+    pipeline.run(run, other, dataclasses.replace(session, force=True))
+    assert json.loads((run / "rewritten" / "report.json").read_text())["rewrites"][0]["rank"] == 2
+
+
+def test_a_column_may_be_named(tmp_path, tiny_folder, session):
+    rows = make_text(400).splitlines()
+    source = tmp_path / "two.csv"
+    source.write_text("title,body\n" + "".join(f"x,{line.replace(',', '')}\n" for line in rows))
+    off = load("soft_shared", [*keys(tiny_folder, source)[:4], *SHORT])
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="--text-column"):
+        pipeline.run(run, off, session)
+    columns = Columns(text_column="body")
+    first = pipeline.run(run, off, session, columns=columns)
+    assert pipeline.run(run, off, session, columns=columns) == first
+    with pytest.raises(UserError, match="text column or split differ"):
+        pipeline.run(run, off, session, columns=Columns("title"))
 
 
 def test_folders_that_are_something_else(tmp_path, tiny_folder, text_file, session, aligned_run):
@@ -235,6 +307,7 @@ def test_a_run_killed_in_every_stage_ends_in_the_same_bytes(tmp_path, tiny_folde
 
 def test_two_processes_make_the_run_of_one(tmp_path, tiny_folder, text_file):
     words = ["run", "soft_shared", "--run", "here", *keys(tiny_folder, text_file, "finetune.autocast=none")]
+    again = ["finetune", "--run", "here", "--steps", "2", "batch_tokens=256", "selection_tokens=64", "--force"]
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one = command(words, tmp_path / "one")
@@ -265,3 +338,7 @@ def test_two_processes_make_the_run_of_one(tmp_path, tiny_folder, text_file):
     for ours, theirs in zip(*measured, strict=True):
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3)
     assert set(lasting(runs[0])) == set(lasting(runs[1]))
+    # a step by itself, and a command that one process does while the other goes
+    for words in (again, ["benchmark", "here", "--out", "bench", "--metrics", "size"]):
+        out, said = command(words, tmp_path / "two", *launch).communicate(timeout=120)
+        assert "Traceback" not in said and "recovered" in out, said[-2000:]

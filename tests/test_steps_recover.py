@@ -335,7 +335,7 @@ def test_what_is_finished_is_kept_and_what_is_not_goes_on(recovered_run, made_ru
     kept = {path: path.stat().st_mtime_ns for path in (made_run / "recovered").iterdir()}
     with pytest.raises(UserError, match="recovered exists already"):
         pipeline.finetune(made_run, WITH_CONTROL, session)
-    with pytest.raises(UserError, match="the checkpoint of an interrupted recovery; --resume goes on from it"):
+    with pytest.raises(UserError, match="the checkpoint of an interrupted recovery; --resume with"):
         shutil.move(made_run / "recovered", made_run / "aside")
         try:
             pipeline.finetune(made_run, WITH_CONTROL, session)
@@ -548,3 +548,34 @@ def test_the_nll_of_these_tests_is_that_of_the_package(tiny_folder, text_file):
     model = open_model(str(tiny_folder), device="cpu").model
     own = token_nll(model, blocks.ids, blocks.mask).sum().item() / int(blocks.mask[:, 1:].sum())
     assert nll(tiny_folder, blocks) == pytest.approx(own, rel=1e-5)
+
+
+def test_a_forced_recovery_that_is_interrupted_goes_on_although_an_older_result_is_there(
+    recovered_run, made_run, session, interrupted
+):
+    older = dataclasses.replace(WITH_CONTROL, steps=1, control=False)
+    pipeline.finetune(made_run, older, session)
+    forced = dataclasses.replace(session, force=True)
+    interrupted(2, lambda: pipeline.finetune(made_run, WITH_CONTROL, forced))
+    assert (made_run / "recovered" / "config.json").exists() and (made_run / "checkpoints" / "recovered").exists()
+    pipeline.finetune(made_run, WITH_CONTROL, session, resume=True)
+    assert lasting(made_run) == lasting(recovered_run)
+
+
+def test_training_text_may_not_be_what_the_best_state_is_chosen_on(made_run, tmp_path, session):
+    other = tmp_path / "other.txt"
+    other.write_text(make_text(300, seed=9))
+    same = tmp_path / "same.txt"
+    same.write_text(other.read_text())
+    parts = dict.fromkeys(("calibration", "test"), str(made_run)) | {"training": str(other), "selection": str(same)}
+    parts |= {"calibration": "demo", "test": "demo"}
+    with pytest.raises(
+        UserError, match=r"training text .*other\.txt.* and the selection text .*same\.txt.* share text"
+    ):
+        pipeline.finetune(made_run, Finetune(steps=1, control=False), session, source=parts)
+
+
+def test_no_clipping_is_not_a_gradient_of_nothing(made_run, session):
+    settings = Finetune(steps=2, batch_tokens=128, selection_tokens=128, clip=0.0, learning_rate=1e-2, control=False)
+    done = pipeline.finetune(made_run, settings, session)["recovered"]["recovery"]
+    assert len({row["nll"] for row in done["evaluations"]}) == 3

@@ -207,7 +207,7 @@ def test_which_windows(aligned_run, session):
     [
         (SHORT, 3),
         (dataclasses.replace(SHORT, race=True), 5),
-        (dataclasses.replace(SHORT, target_parameters="set below", sizes=[2]), 9),  # among the plans
+        (dataclasses.replace(SHORT, target_parameters=1, sizes=[2]), 9),  # among the plans
     ],
     ids=["all", "race", "plans"],
 )

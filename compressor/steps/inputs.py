@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import GPT2Config, PreTrainedTokenizerBase
+
 from .. import data
 from ..data import TokenBlocks
 from ..errors import UserError
@@ -56,7 +58,8 @@ class Part:
 
 def part(
     name: str,
-    opened: OpenModel,
+    config: GPT2Config,
+    tokenizer: PreTrainedTokenizerBase,
     aligned: Aligned,
     source: str | Mapping[str, str] | None,
     columns: Columns = ANYWHERE,
@@ -69,7 +72,7 @@ def part(
 
     Raises UserError for a context beyond the model's positions and for text that the calibration shares.
     """
-    room = opened.model.config.n_positions
+    room = config.n_positions
     if not 2 <= context <= room:
         raise UserError(f"context is {context}; allowed: 2 to {room}, the positions of the model")
     facts = aligned.calibration
@@ -82,7 +85,7 @@ def part(
             f"the {name} text ({text.source}, {text.split}) shares text with the calibration text of this run "
             f"({facts['source']}, {facts['split']}); give other data"
         )
-    blocks = data.token_blocks(text, opened.tokenizer, context=context, max_tokens=max_tokens, seed=seed, evenly=True)
+    blocks = data.token_blocks(text, tokenizer, context=context, max_tokens=max_tokens, seed=seed, evenly=True)
     named = facts["named"][name] if source is facts["specs"] else text.source
     described = {**data.describe(text), "source": str(named), "tokens": blocks.tokens, "context": context}
     return Part(blocks, {**described, "block_fingerprint": blocks.fingerprint})

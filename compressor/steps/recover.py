@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts, models, run_folder, training_state, verify
+from .. import artifacts, data, models, run_folder, training_state, verify
 from ..errors import UserError
 from ..finetune import Recovery, StateFolder, control_train, resolve_train
 from ..finetune import finetune as recover
@@ -40,76 +40,97 @@ def finetune(
     settings that this model cannot take and for results that are there already.
     """
     run = Path(run)
+    if session.main and run.is_dir():
+        artifacts.sweep(run)
+    session.processes.wait()
     made = run_folder.steps(run)
     aligned = run_folder.aligned(run)
     if "rewritten" not in made:
         raise UserError(f"{run} has no rewritten model yet; `gpt2-compress rewrite --run {run}` makes one")
-    rewritten = session.open(str(made["rewritten"]))
-    rewrites = [from_record(record) for record in rewritten.model.config.compression]
-    mode = resolve_train(settings.train, rewritten.model, rewrites)
-    context = rewritten.model.config.n_positions if settings.context is None else settings.context
+    found = models.find(str(made["rewritten"]))
+    rewrites = [from_record(record) for record in found.config.compression]
+    mode = resolve_train(settings.train, models.build(found.config), rewrites)
+    jobs = [Job("recovered", str(found.folder), artifacts.hash_files(list(found.files)), tuple(rewrites), mode)]
+    if settings.control:
+        jobs.append(Job("control", None, aligned.base_hash, (), _control_mode(settings.train)))
+    context = found.config.n_positions if settings.context is None else settings.context
+    tokenizer = models.open_tokenizer(found.name, found.folder, found.config)
     tokens = {"training": settings.steps * settings.batch_tokens, "selection": settings.selection_tokens}
     parts = {
         name: part(
-            name, rewritten, aligned, source, columns, context=context, max_tokens=tokens[name], seed=session.seed
+            name, found.config, tokenizer, aligned, source, columns,
+            context=context, max_tokens=tokens[name], seed=session.seed,
         )
         for name in tokens
-    }
-    base = open_base(run, aligned, session) if settings.distill or settings.control else None
-    jobs = [Job("recovered", rewritten, rewrites, mode, base if settings.distill else None)]
-    if settings.control:
-        assert base is not None
-        jobs.append(Job("control", base, [], control_train(settings.train), None))
+    }  # fmt: skip
+    if data.overlap(parts["training"].facts, parts["selection"].facts):
+        raise UserError(
+            f"the training text ({parts['training'].facts['source']}) and the selection text "
+            f"({parts['selection'].facts['source']}) share text; the best state would be chosen on what was trained on"
+        )
+    if settings.batch_tokens < context:
+        session.notice(f"finetune: batch_tokens={settings.batch_tokens} is less than one block; a step takes {context}")
     asked = dataclasses.asdict(settings)
-    given = {job.name: made_from(job.opened.hash, asked, parts, session.seed) for job in jobs}
+    given = {job.name: made_from(job, asked, parts, session.seed) for job in jobs}
     if not resume:
         _refuse_what_is_there(run, jobs, session)
-    done = {job.name: finished(run, job.name, given[job.name]) if resume else None for job in jobs}
-    if session.main:
-        artifacts.sweep(run)
+    # A stored state is gone on from even where a result lies beside it, which may be an older one.
+    resumed = [job.name for job in jobs if resume and not (run / CHECKPOINTS / job.name / "state").exists()]
+    done = {job.name: finished(run, job.name, given[job.name]) if job.name in resumed else None for job in jobs}
     bodies = {}
     for job in jobs:
-        kept = done[job.name]
-        if kept is not None and session.main:  # killed between the result and this
+        body = done[job.name]
+        if body is not None and session.main:  # killed between the result and this
             artifacts.remove(run / CHECKPOINTS / job.name)
             _remove_empty(run / CHECKPOINTS)
-        bodies[job.name] = (
-            _train(run, job, asked, given[job.name], parts, aligned, session, resume) if kept is None else kept
-        )
+        if body is None:
+            body = _train(run, job, asked, given[job.name], parts, aligned, session, resume)
+        bodies[job.name] = body
     return bodies
+
+
+def _control_mode(train: str) -> str:
+    """How the original is tuned beside a recovery in mode `train`."""
+    return "full" if control_train(train) == "full" else "lora"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train."""
+    """One model to train; it is opened when its turn comes."""
 
     name: str  # of the folder it goes to
-    opened: OpenModel
-    rewrites: list[Rewrite]
-    train: str
-    teacher: OpenModel | None
+    model: str | None  # what is opened; None: the original
+    hash: str  # of its weight files
+    rewrites: tuple[Rewrite, ...]
+    train: str  # deltas | lora | full
 
 
 def _refuse_what_is_there(run: Path, jobs: list[Job], session: Session) -> None:
     for job in jobs:
         if (run / job.name).exists() and not session.force:
             raise UserError(f"{run / job.name} exists already; --force replaces it, --resume keeps it")
-        if (run / CHECKPOINTS / job.name).exists() and not session.force:
-            raise UserError(
-                f"{run} has the checkpoint of an interrupted recovery; --resume goes on from it, --force begins anew"
-            )
+    if (run / CHECKPOINTS).exists() and not session.force:
+        raise UserError(
+            f"{run} has the checkpoint of an interrupted recovery; --resume with the same options goes on from it, "
+            "--force begins anew"
+        )
+    if session.main:
+        artifacts.remove(run / CHECKPOINTS)
 
 
-# What decides neither where a training ends nor what is in its folder.
-_WITHOUT_EFFECT = ("control", "checkpoint_every")
+# What decides neither where a training ends nor what is in its folder; and what a control has not.
+_WITHOUT_EFFECT = ("control", "checkpoint_every", "forward_tokens")
+_NOT_THE_CONTROLS = ("distill", "mix", "penalty")
 
 
-def made_from(start: str, asked: Mapping[str, Any], parts: Mapping[str, Part], seed: int) -> dict[str, Any]:
-    """Everything that decides what comes out of a recovery of the weights `start`."""
-    settings = {name: value for name, value in asked.items() if name not in _WITHOUT_EFFECT}
+def made_from(job: Job, asked: Mapping[str, Any], parts: Mapping[str, Part], seed: int) -> dict[str, Any]:
+    """Everything that decides what comes out of a recovery."""
+    without = _WITHOUT_EFFECT if job.rewrites else (*_WITHOUT_EFFECT, *_NOT_THE_CONTROLS)
+    settings = {name: value for name, value in asked.items() if name not in without}
     return {
-        "start": start,
+        "start": job.hash,
         **settings,
+        "train": job.train,
         "seed": seed,
         **{name: item.blocks.fingerprint for name, item in parts.items()},
     }
@@ -143,7 +164,8 @@ def _train(
     session: Session,
     resume: bool,
 ) -> dict[str, Any]:
-    opened, target = job.opened, run / job.name
+    opened = open_base(run, aligned, session) if job.model is None else session.open(job.model)
+    teacher = open_base(run, aligned, session) if asked["distill"] and job.model is not None else None
     origin = dataclasses.replace(
         session.origin(
             opened, {"calibration": aligned.calibration, **{name: item.facts for name, item in parts.items()}}
@@ -152,9 +174,6 @@ def _train(
         base_hash=aligned.base_hash,
     )
     state = StateFolder(run / CHECKPOINTS / job.name, dataclasses.replace(origin, base_hash=opened.hash))
-    if not resume and session.main:
-        training_state.remove(state)
-    session.processes.wait()
     with session.bar(job.name, asked["steps"], "step") as bar:
 
         def show(step: Any) -> None:
@@ -168,7 +187,7 @@ def _train(
             parts["selection"].blocks,
             rewrites=job.rewrites,
             train=job.train,
-            teacher=None if job.teacher is None else job.teacher.model,
+            teacher=None if teacher is None else teacher.model,
             seed=session.seed,
             rank=asked["lora_rank"],
             alpha=asked["lora_alpha"],
@@ -180,14 +199,14 @@ def _train(
     body: dict[str, Any] = {}
     with session.alone() as here:
         if here:
-            body = _save(target, job, result, given, origin)
+            body = _save(run / job.name, opened, job, result, given, origin)
             training_state.remove(state)
             _remove_empty(run / CHECKPOINTS)
-    return body
+    return session.processes.all_gather(body)[0]
 
 
 _PASSED_ON = ("steps", "batch_tokens", "learning_rate", "penalty", "mix", "warm_up", "weight_decay", "clip", "dropout",
-              "evaluate_every", "checkpoint_every", "autocast")  # fmt: skip
+              "evaluate_every", "checkpoint_every", "autocast", "forward_tokens")  # fmt: skip
 
 
 def _remove_empty(folder: Path) -> None:
@@ -197,12 +216,12 @@ def _remove_empty(folder: Path) -> None:
 
 def _save(
     target: Path,
+    opened: OpenModel,
     job: Job,
     result: Recovery,
     given: Mapping[str, Any],
     origin: artifacts.Provenance,
 ) -> dict[str, Any]:
-    opened = job.opened
     earlier = verify.made(opened.folder, opened.model.config)
     with artifacts.new_folder(target, force=True) as folder:
         models.save(opened.model, folder, opened.tokenizer, opened.stored_dtype)

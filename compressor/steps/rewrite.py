@@ -28,6 +28,8 @@ def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[st
     there and fit, else the middle window, and says which.
     """
     run = Path(run)
+    if run.is_dir():
+        artifacts.sweep(run)
     target = run / "rewritten"
     if target.exists() and not session.force:
         raise UserError(f"{target} exists already; give another --run, or --force to replace it")
@@ -49,7 +51,6 @@ def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[st
             progress=lambda message: bar.set_postfix_str(message),
         )
     before = parameters(base.model)
-    artifacts.sweep(run)
     with artifacts.new_folder(target, force=session.force) as folder:
         models.save(model, folder, base.tokenizer, base.stored_dtype)
         body = {
@@ -79,7 +80,9 @@ def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[st
             body,
             session.origin(base, {"calibration": {**aligned.calibration, "tokens": calibration.tokens}}),
         )
-    if "recovered" in run_folder.steps(run):
+    recovered = run_folder.steps(run).get("recovered")
+    earlier = None if recovered is None else run_folder.made(models.find(str(recovered)))
+    if earlier is not None and earlier.get("made_from", {}).get("start") != body["weights"]:
         session.notice(
             f"warning: {run / 'recovered'} is of the rewritten model that was here before; "
             f"`gpt2-compress finetune --run {run} --force` makes it anew"

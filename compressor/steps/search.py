@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import GPT2Config
+
 from .. import artifacts, fields, models, run_folder
 from ..errors import UserError
 from ..plans import PlanResult, parameter_count, search_plan
@@ -22,6 +24,11 @@ from .inputs import calibration_blocks, open_base, part
 
 KIND = "windows"
 CONTEXT = 256  # of the selection blocks: short ones are many, so that differences between windows have an error
+
+
+def search_context(settings: Search, config: GPT2Config) -> int:
+    """Tokens in a selection block."""
+    return min(CONTEXT, config.n_positions) if settings.context is None else settings.context
 
 
 def windows_file(run: Path) -> Path:
@@ -54,9 +61,17 @@ def search(
     if settings.target_parameters is not None:
         parameter_count(settings.target_parameters)  # before the work
     base = open_base(run, aligned, session)
-    context = min(CONTEXT, config.n_positions) if settings.context is None else settings.context
+    context = search_context(settings, config)
     selection = part(
-        "selection", base, aligned, source, columns, context=context, max_tokens=settings.max_tokens, seed=session.seed
+        "selection",
+        config,
+        base.tokenizer,
+        aligned,
+        source,
+        columns,
+        context=context,
+        max_tokens=settings.max_tokens,
+        seed=session.seed,
     )
     calibration = calibration_blocks(base, aligned)
     scored = {
@@ -76,7 +91,7 @@ def search(
         different = ", ".join(key for key, value in scored.items() if earlier["scored"].get(key) != value)
         raise UserError(f"{path} is of another search ({different} differ); give another --run, or --force")
     known = [] if earlier is None else [Candidate.from_dict(item) for item in earlier["candidates"]]
-    if earlier is not None and earlier["complete"] and settings.target_parameters is None:
+    if earlier is not None and settings.target_parameters is None:
         wide = allowed_windows(
             wanted, config, others, strategy=settings.strategy, count=settings.count, seed=session.seed
         )
@@ -177,10 +192,15 @@ def found_windows(run: Path, rewrite: Rewrite, aligned: Aligned) -> Plan | None:
 
 
 def searched_with(run: Path) -> dict[str, Any]:
-    """The settings, the seed and the other rewrites of the search in a run folder."""
+    """The settings, seed, dtype and other rewrites of the search in a run folder."""
     document = _read(windows_file(run))
     scored = document["scored"]
-    return {"settings": document["settings"], "seed": scored["seed"], "others": scored["others"]}
+    return {
+        "settings": document["settings"],
+        "seed": scored["seed"],
+        "others": scored["others"],
+        "dtype": scored["dtype"],
+    }
 
 
 def winner(document: Mapping[str, Any]) -> Plan:
