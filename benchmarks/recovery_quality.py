@@ -5,7 +5,8 @@
 Calibration, selection and training text are disjoint parts of D. One alignment serves all rows; the window is the
 middle one. Every row trains the same steps on the same batches in the same order with the same seed and keeps its best
 state by the selection text, which may be the start. The controls are the original trained in each mode; adapters (lora)
-have rank 8 where nothing is said; ratios are to the control with the lowest perplexity of all, which flatters no row.
+have rank 8 and alpha 16 where nothing is said, alpha 64 where rank is 64; ratios are to the control with the
+lowest perplexity of all, which flatters no row.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from compressor.metrics.size import parameters
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply
 
-LORA, WIDE, FULL, DELTAS = ("lora", 3e-3), ("lora", 3e-3, 64), ("full", 1e-4), ("deltas", 3e-3)
-# rewrite, aligned, (train, learning rate, rank of adapters if not 8), distilled
+LORA, WIDE, FULL, DELTAS = ("lora", 3e-3), ("lora", 3e-3, 64, 64.0), ("full", 1e-4), ("deltas", 3e-3)
+# rewrite, aligned, (train, learning rate, rank and alpha of adapters if not 8, 16), distilled
 Row = tuple[dict[str, Any] | None, bool, tuple[Any, ...], bool]
 
 
@@ -43,19 +44,9 @@ def rows() -> list[Row]:
     def compressed(n: int, collapse: str = "fit") -> dict[str, Any]:
         return {"rewrite": "compressed_n", "n": n, "collapse": collapse}
 
-    controls: list[Row] = [(None, True, way, False) for way in (LORA, ("lora", 1e-3), WIDE, FULL)]
-    main: list[Row] = [
-        (record, True, LORA, False)
-        for record in (soft(0), soft(8), soft(32), merged(4), merged(10), compressed(4), compressed(6), compressed(10))
-    ]
-    ways: list[Row] = [
-        *((soft(8), True, way, False) for way in (DELTAS, ("lora", 6e-3), FULL)),
-        (soft(32), True, DELTAS, False),
-        (soft(8), True, LORA, True),
-        *((compressed(4), True, way, False) for way in (WIDE, ("lora", 6e-3), FULL)),
-        (compressed(4), True, WIDE, True),
-        *((compressed(6), True, WIDE, distilled) for distilled in (False, True)),
-    ]
+    shapes = [soft(0), soft(8), soft(32), merged(4), merged(10), compressed(4), compressed(6), compressed(10)]
+    controls: list[Row] = [(None, True, way, False) for way in (LORA, WIDE, FULL, ("lora", 1e-3))]
+    main: list[Row] = [(record, True, way, False) for record in shapes for way in (LORA, WIDE)]
     unaligned: list[Row] = [
         (soft(8), False, LORA, False),
         (merged(4), False, LORA, False),
@@ -63,7 +54,8 @@ def rows() -> list[Row]:
         (compressed(4, "mean"), False, LORA, False),
     ]
     distilled: list[Row] = [(merged(10), True, LORA, True), (compressed(6), True, LORA, True)]
-    return [*controls[:1], *main, *unaligned, *distilled, *ways, *controls[1:]]
+    ways: list[Row] = [(soft(8), True, way, False) for way in (DELTAS, ("lora", 6e-3), FULL)]
+    return [*controls, *main, *unaligned, *distilled, *ways]
 
 
 def main() -> None:
@@ -113,7 +105,7 @@ def main() -> None:
     for row in tqdm(rows(), desc="recoveries"):
         if key(row) in done:
             continue
-        record, use_aligned, (train, rate, *rank), distilled = row
+        record, use_aligned, (train, rate, *wide), distilled = row
         model, rewrites = models.open_model(options.model).model, []
         if record is not None:
             rewrites = [from_record(record).resolved(model.config)]
@@ -126,7 +118,7 @@ def main() -> None:
         result = finetune(
             model, training, selection, rewrites=rewrites, train=train, steps=options.steps,
             batch_tokens=options.batch_tokens, learning_rate=rate, teacher=opened.model if distilled else None,
-            seed=options.seed, **({"rank": rank[0]} if rank else {}),
+            seed=options.seed, **dict(zip(("rank", "alpha"), wide, strict=False)),
         )  # fmt: skip
         done[key(row)] = {
             "before": done[start]["after"],
@@ -168,11 +160,11 @@ def table(done: dict[str, Any], key: Any, options: argparse.Namespace, name: str
         f"| original | | | | | | {done['original']['parameters']:,} | | {original:.2f} | {original:.2f} | "
         f"{original / control:.3f} | |",
     ]
-    for k, (record, use_aligned, (train, rate, *rank), distilled) in found.items():
+    for k, (record, use_aligned, (train, rate, *wide), distilled) in found.items():
         item = done[k]
         knobs = "" if record is None else ", ".join(f"{n}={v}" for n, v in record.items() if n != "rewrite")
         word = "" if record is None else "-" if record.get("collapse") == "fit" else "yes" if use_aligned else "no"
-        way = f"{train}, rank {rank[0]}" if rank else train
+        way = f"{train}, rank {wide[0]}" if wide else train
         lines.append(
             f"| {'control' if record is None else record['rewrite']} | {knobs} | {word} | {way} | {rate:g} | "
             f"{'original' if distilled else ''} | {item['parameters']:,} | {item['trained']:,} | "
