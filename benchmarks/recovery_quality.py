@@ -152,7 +152,8 @@ def table(done: dict[str, Any], key: Any, options: argparse.Namespace, name: str
         f"{options.context} without overlap; AdamW, cosine, penalty 1e-4, seed {options.seed}; torch "
         f"{torch.__version__}. Selection: {options.selection_tokens:,} tokens. Best control: {control:.2f}.",
         "",
-        f"`python -m benchmarks.recovery_quality MODEL --data {Path(options.data).name} --test {Path(options.test).name}`",
+        "`python -m benchmarks.recovery_quality MODEL "
+        f"--data {Path(options.data).name} --test {Path(options.test).name}`",
         "",
         f"Test text {texts['test'].fingerprint[:12]}, training text {texts['training'].fingerprint[:12]}.",
         "",
