@@ -37,6 +37,7 @@ def keys(tiny_folder, text_file, *more: str) -> list[str]:
         "align.max_tokens=600",
         "search.max_tokens=512",
         "search.context=32",
+        "search.race=false",
         "finetune.steps=6",
         "finetune.batch_tokens=256",
         "finetune.selection_tokens=256",
