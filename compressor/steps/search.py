@@ -162,9 +162,7 @@ def search(
             artifacts.write_json(path, KIND, result, origin)
     near = sum(item["indistinguishable"] for item in result["candidates"] if item["windows"])
     if near and session.main:
-        session.notice(
-            f"search: {near} other windows are within the noise of the best on this selection text; see {path}"
-        )
+        session.notice(f"search: windows within the noise of the best on this selection text: {near}; see {path}")
     return result
 
 
