@@ -131,7 +131,9 @@ def test_steps_out_of_order(aligned_run, tmp_path, refused):
 def test_from_a_search_to_a_recovered_model(aligned_run, run, refused):
     said = run(*search(aligned_run, "soft_shared", "n=3", "--rank", 4, *SEARCH, "--json"))
     near = sum(row["indistinguishable"] for row in said.json["candidates"])
-    assert said.code == 0 and said.err.count("\n") == bool(near) == (f"{near} other windows are within" in said.err)
+    assert said.code == 0 and said.err.count("\n") == bool(near) == (
+        f"best on this selection text: {near};" in said.err
+    )
     assert said.json == {**stored(aligned_run / "windows.json"), "run": str(aligned_run)}
     best = said.json["winner"][0]["start"]
 
