@@ -50,6 +50,8 @@ def main() -> None:
         "",
         (__doc__ or "").split("\n\n")[2].strip(),
         "",
+        "`python -m benchmarks.compressed_speed`",
+        "",
         f"Batch {given.batch}, prompt {given.prompt}, {given.new_tokens} new tokens, {given.repeats} repeats, float32, "
         f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}.",
         "",
