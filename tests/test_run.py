@@ -20,6 +20,7 @@ import compressor
 from compressor import pipeline, run_folder
 from compressor.cli import main
 from compressor.errors import UserError
+from compressor.metrics.size import parameters
 from compressor.models import open_model
 from compressor.recipe import load
 from compressor.session import Columns, Session
@@ -249,6 +250,23 @@ def test_recipes_without_search_or_recovery(tmp_path, tiny_folder, text_file, se
     assert [row.name for row in result.rows] == ["original", "rewritten"]
     assert not (tmp_path / "run" / "windows.json").exists()
     assert json.loads((tmp_path / "run" / "rewritten" / "report.json").read_text())["rewrites"][0]["start"] == 1
+
+
+def test_a_run_for_a_size(tmp_path, tiny_folder, text_file, session):
+    """Several windows jointly; started again, it finds all of them done."""
+    run, few = tmp_path / "run", keys(tiny_folder, text_file)[:6]
+    whole = parameters(open_model(str(tiny_folder)).model)
+    ffn = 32 * 128 * 2 + 128 + 32
+    given = [item for item in few if not item.startswith("rank")] + [
+        "n=2",
+        f"search.target_parameters={whole - 2 * ffn}",
+    ]
+    chosen = load("merged_4", [*given, "finetune=null", "benchmark.metrics=[size]"])
+    result = pipeline.run(run, chosen, session)
+    made = json.loads((run / "rewritten" / "report.json").read_text())
+    assert made["parameters"] == whole - 2 * ffn and len(made["rewrites"]) == 2
+    before = tree(run)
+    assert pipeline.run(run, chosen, session) == result and tree(run) == before
 
 
 # ---------------------------------------------------------------- killed and started again
