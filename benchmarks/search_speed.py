@@ -3,7 +3,7 @@
     python -m benchmarks.search_speed [--repeats 3] [--out benchmarks/results/search_speed.md]
     python -m benchmarks.search_speed --model MODEL --calibration D --selection D --context 256 --race
 
-The task: score every window of n = 4 right after the rewrite, on 16,384 tokens of selection text. Straightforward: for
+The task: score every window of n = 4 right after the rewrite, on the selection text. Straightforward: for
 each window fit the rewrite, then run the whole model on the whole text. Ours: hidden states go through the model once,
 a candidate runs its own blocks and those above, statistics of the calibration text are shared by the fits. Race: ours,
 and what is clearly behind on the blocks so far is dropped. Without --model: random weights of GPT-2 small's shape and
@@ -50,17 +50,17 @@ def random_task(rewrite: Rewrite, config: GPT2Config, context: int, tokens: int)
     return rewrite, model, alignment.identity(config), blocks("calibration", 1), blocks("selection", 2)
 
 
-def real_task(rewrite: Rewrite, name: str, sources: dict[str, str], context: int, tokens: int) -> Task:
+def real_task(rewrite: Rewrite, name: str, sources: dict[str, str], context: int, tokens: int, selected: int) -> Task:
     opened = models.open_model(name, device="cpu")
     specs = {**sources, "training": sources["selection"], "test": sources["selection"]}
 
-    def blocks(part: str, width: int) -> TokenBlocks:
+    def blocks(part: str, width: int, tokens: int) -> TokenBlocks:
         return data.token_blocks(data.recipe_text(specs, part), opened.tokenizer, context=width, max_tokens=tokens,
                                  seed=0, evenly=True)  # fmt: skip
 
-    calibration = blocks("calibration", opened.model.config.n_positions)
+    calibration = blocks("calibration", opened.model.config.n_positions, tokens)
     alignments = alignment.align_activations(opened.model, calibration.batches())
-    return rewrite, opened.model, alignments, calibration, blocks("selection", context)
+    return rewrite, opened.model, alignments, calibration, blocks("selection", context, selected)
 
 
 # ---------------------------------------------------------------- the ways
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--rewrite", default="soft_shared")
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=16384, help="of each text")
+    parser.add_argument("--selection-tokens", type=int, help="with --model; default: --tokens")
     parser.add_argument("--context", type=int, default=1024, help="of the selection blocks")
     parser.add_argument("--width", type=int, default=768, help="of the random model")
     parser.add_argument("--vocabulary", type=int, default=50257, help="of the random model")
@@ -189,7 +190,9 @@ def main() -> None:
         sources = {"calibration": given.calibration, "selection": given.selection}
         if None in sources.values():
             parser.error("--model needs --calibration and --selection")
-        task = real_task(rewrite, given.model, sources, given.context, given.tokens)
+        task = real_task(
+            rewrite, given.model, sources, given.context, given.tokens, given.selection_tokens or given.tokens
+        )
         name = Path(given.model).name
     else:
         config = GPT2Config(n_embd=given.width, vocab_size=given.vocabulary, bos_token_id=0, eos_token_id=0)
