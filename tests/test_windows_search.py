@@ -209,7 +209,7 @@ def test_a_race_hardly_ever_loses_the_best():
         best = min(PLANS, key=lambda plan: scores[plan].sum())
         found = search(PLANS, TOKENS, Scorer(scores), race=Race())
         lost += found.winner.windows != best
-    assert lost <= 9  # 3 %
+    assert lost <= 21  # 7 %, and then to one within 2.5 standard errors of it
 
 
 def test_a_race_on_few_blocks_is_no_race():
