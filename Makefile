@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test install clean
 
 demo: install
-	$(BIN)/gpt2-compress demo --force
+	$(BIN)/gpt2-compress demo --force finetune.lora_rank=16 finetune.lora_alpha=16  # it is 128 wide: 64 would be half of it
 
 test: install
 	$(BIN)/ruff check .
