@@ -6,7 +6,8 @@ BIN = $(VENV)/bin
 .PHONY: demo test install clean
 
 demo: install
-	$(BIN)/gpt2-compress demo --force finetune.lora_rank=16 finetune.lora_alpha=16  # it is 128 wide: 64 would be half of it
+	$(BIN)/gpt2-compress demo --force finetune.lora_rank=16 finetune.lora_alpha=16 \
+		'benchmark.metrics=[{metric: perplexity, max_tokens: 32768}, latency, size]'
 
 test: install
 	$(BIN)/ruff check .
