@@ -6,8 +6,8 @@ Neither the head nor the loss is computed, and no block above the last layer ask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def capture(
         consumer(layer, site, real)
 
     seen = 0
-    with torch.no_grad(), _evaluating(model), ExitStack() as hooks:
+    with torch.no_grad(), gpt2.evaluating(model), ExitStack() as hooks:
         for layer in wanted:
             for site in SITES:
                 if site in sites:
@@ -99,15 +99,3 @@ def _check(ids: Tensor, mask: Tensor, positions: int) -> None:
         raise UserError(f"a row of {ids.shape[1]} tokens is longer than the model's {positions} positions")
     if (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError("pads must stand at the end of a row")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout); every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -20,7 +20,7 @@ from .recipe import Recipe, parse_yaml
 from .rewrites import Rewrite
 from .rewrites.compose import check, structure
 from .search import allowed_windows
-from .session import ANYWHERE, Columns, Session, lasting_data, must_be_folder
+from .session import ANYWHERE, Columns, Session, lasting_specs, must_be_folder
 from .steps.align import align
 from .steps.measure import run_benchmark
 from .steps.prove import export, verify_model
@@ -157,14 +157,9 @@ def _align(folder: Path, recipe: Recipe, session: Session, columns: Columns) -> 
         return
     aligned = run_folder.aligned(folder)
     facts, solved, wanted = aligned.calibration, aligned.alignments, recipe.align
-    specs: Any = (
-        lasting_data(recipe.data)
-        if isinstance(recipe.data, str)
-        else {part: lasting_data(spec) for part, spec in data.specs(recipe.data).items()}
-    )
     same = {
         "model": aligned.base_hash == artifacts.hash_files(list(models.find(recipe.model).files)),
-        "data": facts["specs"] == specs,
+        "data": facts["specs"] == lasting_specs(recipe.data),
         "text column or split": (facts["text_column"], facts["split_given"]) == (columns.text_column, columns.split),
         "dtype": aligned.dtype == _dtype(session),
         "seed": aligned.seed == recipe.seed,

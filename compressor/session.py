@@ -95,6 +95,13 @@ def lasting_data(spec: str) -> str:
     return source.target if source.kind in ("file", "folder") else spec
 
 
+def lasting_specs(data_given: str | Mapping[str, str]) -> str | dict[str, str]:
+    """The same for a recipe's `data:`."""
+    if isinstance(data_given, str):
+        return lasting_data(data_given)
+    return {part: lasting_data(spec) for part, spec in data.specs(data_given).items()}
+
+
 def must_be_folder(path: Path) -> None:
     """Said before the work, not after it."""
     if path.exists() and not path.is_dir():

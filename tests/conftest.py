@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import resource
@@ -204,3 +205,44 @@ def largest_file(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ---------------------------------------------------------------- sessions
+
+
+@pytest.fixture
+def notices():
+    return []
+
+
+@pytest.fixture
+def session(notices):
+    from compressor.session import Session
+
+    return Session(device="cpu", quiet=True, notice=notices.append)
+
+
+def forced(session):
+    return dataclasses.replace(session, force=True)
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch):
+    """A function: a command is interrupted right after so many calls of a module's function."""
+
+    def interrupted_after(module, name, after, command):
+        real, count = getattr(module, name), 0
+
+        def counted(*arguments):
+            nonlocal count
+            real(*arguments)
+            count += 1
+            if count == after:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, counted)
+            with pytest.raises(KeyboardInterrupt):
+                command()
+
+    return interrupted_after

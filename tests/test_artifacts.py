@@ -6,13 +6,12 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
-from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import largest_file
 
 from compressor import artifacts
 from compressor.artifacts import hash_files, new_files, new_folder, provenance, read_json, read_tensors, sweep
@@ -26,17 +25,6 @@ ORIGIN = provenance(
 def tree(folder):
     """Every file below a folder with its bytes."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-@contextmanager
-def largest_file(size):
-    """No file can grow past `size` bytes, as on a disk with so much room."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ---------------------------------------------------------------- files

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_config, make_model, make_text
+from conftest import forced, make_config, make_model, make_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -22,20 +22,6 @@ from compressor.rewrites import from_record
 
 SOFT = {"rewrite": "soft_shared", "n": 3, "start": 1, "rank": 4}
 SHORT = [{"metric": "perplexity", "max_tokens": 300}]
-
-
-@pytest.fixture
-def notices():
-    return []
-
-
-@pytest.fixture
-def session(notices):
-    return Session(device="cpu", quiet=True, notice=notices.append)
-
-
-def forced(session):
-    return dataclasses.replace(session, force=True)
 
 
 def rewrite(run, session, *records):

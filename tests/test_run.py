@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_text
+from conftest import make_text, tree
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -47,15 +47,6 @@ def keys(tiny_folder, text_file, *more: str) -> list[str]:
         f"benchmark.metrics={METRICS}",
         *more,
     ]
-
-
-@pytest.fixture
-def session():
-    return Session(device="cpu", quiet=True)
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def lasting(folder: Path) -> dict[str, bytes | None]:

@@ -6,10 +6,11 @@ import dataclasses
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from conftest import make_config, make_model, make_text, tree
+from conftest import forced, make_config, make_model, make_text, tree
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -27,20 +28,6 @@ SETTINGS = Finetune(steps=4, batch_tokens=256, context=32, selection_tokens=320,
 WITH_CONTROL = dataclasses.replace(SETTINGS, control=True)
 CUT = {"rewrite": "compressed_n", "n": 3, "start": 1, "collapse": "mean"}
 TIMES = ("seconds", "training_seconds")
-
-
-@pytest.fixture
-def notices():
-    return []
-
-
-@pytest.fixture
-def session(notices):
-    return Session(device="cpu", quiet=True, notice=notices.append)
-
-
-def forced(session):
-    return dataclasses.replace(session, force=True)
 
 
 def changed(**settings):
@@ -90,26 +77,9 @@ def cut_run(aligned_run, session):
 
 
 @pytest.fixture
-def interrupted(monkeypatch):
+def interrupted(interrupted_after):
     """A function: a command is interrupted right after so many checkpoints."""
-    real = training_state.save
-
-    def interrupted(after, command):
-        count = 0
-
-        def save(*arguments):
-            nonlocal count
-            real(*arguments)
-            count += 1
-            if count == after:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training_state, "save", save)
-            with pytest.raises(KeyboardInterrupt):
-                command()
-
-    return interrupted
+    return partial(interrupted_after, training_state, "save")
 
 
 def blocks_of(text_file, folder, part, tokens):

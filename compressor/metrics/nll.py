@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..gpt2 import fused_activations, trunk
+from ..gpt2 import evaluating, fused_activations, trunk
 from .base import Progress
 
 BATCH_TOKENS = 4096
 _LOGITS_AT_ONCE = 1 << 24  # float32 logits held at a time (64 MiB); a full [batch, context, vocabulary] never is
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, no gradients; the modes come back as they were."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def hidden_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -55,7 +41,7 @@ def token_nll(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, scored: Tens
     inputs, targets = ids[:, :-1], ids[:, 1:]
     wanted = (mask if scored is None else mask & scored)[:, 1:]
     nll = torch.zeros(targets.shape, dtype=torch.float64)
-    with _evaluating(model), fused_activations(model):
+    with torch.no_grad(), evaluating(model), fused_activations(model):
         hidden = trunk(model)(input_ids=inputs, attention_mask=mask[:, :-1].long(), use_cache=False).last_hidden_state
         nll[wanted.cpu()] = hidden_nll(model, hidden[wanted], targets[wanted])
     return nll

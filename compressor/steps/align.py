@@ -10,7 +10,7 @@ from ..alignment import Alignments
 from ..errors import UserError
 from ..models import OpenModel
 from ..recipe import Align
-from ..session import ANYWHERE, Columns, Session, lasting_data, must_be_folder
+from ..session import ANYWHERE, Columns, Session, lasting_specs, must_be_folder
 
 
 def align(
@@ -34,11 +34,6 @@ def align(
     alignment.layer_pairs(models.find(model).config.n_layer, settings.pairs, n=n, anchor=anchor)  # before the work
     opened = session.open(model)
     _must_be_plain(opened)
-    specs = (
-        lasting_data(source)
-        if isinstance(source, str)
-        else {part: lasting_data(spec) for part, spec in data.specs(source).items()}
-    )
     text = data.recipe_text(source, "calibration", text_column=columns.text_column, split=columns.split)
     config = opened.model.config
     blocks = data.token_blocks(
@@ -51,7 +46,7 @@ def align(
     )
     facts = {
         **data.describe(text),
-        "specs": specs,
+        "specs": lasting_specs(source),
         "named": data.specs(source),
         "tokens": blocks.tokens,
         "max_tokens": settings.max_tokens,
