@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import yaml
+import torch
 from tqdm import tqdm
 
 from .artifacts import Provenance
@@ -17,8 +20,6 @@ from .errors import UserError, unknown
 from .metrics import METRICS, MetricResult, Progress
 from .models import OpenModel
 
-# Installed as compressor.suites; in a source tree they lie where people look for them.
-_SUITE_FOLDERS = (Path(__file__).parent / "suites", Path(__file__).parent.parent / "benchmarks" / "suites")
 # Two figures are compared only where these of their settings are the same.
 _COMPARED_UNDER = (
     "protocol",
@@ -36,6 +37,15 @@ _COMPARED_UNDER = (
 
 
 @dataclass(frozen=True)
+class Gap:
+    """A metric that could not be measured on a model, and why."""
+
+    metric: str
+    settings: dict[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Row:
     """What was measured on one model."""
 
@@ -43,6 +53,7 @@ class Row:
     source: str
     results: tuple[MetricResult, ...]
     weights: str = ""  # sha256 over its weight files
+    gaps: tuple[Gap, ...] = ()
 
     def find(self, metric: str, protocol: str | None = None) -> MetricResult | None:
         """The first result of a metric, under a protocol where one is given."""
@@ -63,6 +74,7 @@ class Report:
     rows: tuple[Row, ...]
     origin: Provenance
     metrics: tuple[dict[str, Any], ...] = ()  # what was asked for: {"metric": name, setting: value, ...}
+    references: tuple[Row, ...] = ()  # what is measured without a model: majority class, first sentences
 
     def ratio(self, row: Row, result: MetricResult) -> float | None:
         """`result` over the baseline's, where both are finite and measured in the same way, else None."""
@@ -71,41 +83,69 @@ class Report:
         return ratio if math.isfinite(ratio) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The body of report.json: `results` is flat, each with its `model`, `protocol` and `ratio` to the baseline."""
+        """The body of report.json: `results` is flat, each with its `model`, `protocol` and `ratio` to the baseline;
+        `references` likewise; `gaps` name what could not be measured."""
         return {
             "baseline": self.rows[0].name,
             "models": [{"name": row.name, "source": row.source, "weights": row.weights} for row in self.rows],
             "metrics": list(self.metrics),
-            "results": [
-                {
-                    "model": row.name,
-                    "protocol": result.settings["protocol"],
-                    **result.to_dict(),
-                    "ratio": self.ratio(row, result),
-                }
-                for row in self.rows
-                for result in row.results
-            ],
+            "results": self._flat(self.rows),
+            "references": self._flat(self.references),
+            "gaps": [{"model": row.name, **dataclasses.asdict(gap)} for row in self.rows for gap in row.gaps],
         }
+
+    def _flat(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [
+            {
+                "model": row.name,
+                "protocol": result.settings["protocol"],
+                **result.to_dict(),
+                "ratio": self.ratio(row, result),
+            }
+            for row in rows
+            for result in row.results
+        ]
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Report:
         """The inverse of `to_dict`, given what `artifacts.read_json` returns."""
+
+        def results(records: Sequence[Mapping[str, Any]], name: str) -> tuple[MetricResult, ...]:
+            return tuple(MetricResult.from_dict(record) for record in records if record["model"] == name)
+
+        gaps = body.get("gaps", ())
         rows = tuple(
             Row(
                 model["name"],
                 model["source"],
-                tuple(MetricResult.from_dict(record) for record in body["results"] if record["model"] == model["name"]),
+                results(body["results"], model["name"]),
                 model.get("weights", ""),
+                tuple(
+                    Gap(gap["metric"], gap["settings"], gap["reason"]) for gap in gaps if gap["model"] == model["name"]
+                ),
             )
             for model in body["models"]
         )
-        return cls(rows, Provenance(**body["provenance"]), tuple(body.get("metrics", ())))
+        given = body.get("references", ())
+        references = tuple(
+            Row(name, "", results(given, name)) for name in dict.fromkeys(record["model"] for record in given)
+        )
+        return cls(rows, Provenance(**body["provenance"]), tuple(body.get("metrics", ())), references)
 
 
 def _comparable(one: MetricResult, other: MetricResult) -> bool:
     per_unit = {"per token": ("tokens",), "per word": ("words",)}.get(one.unit, ())  # another tokenizer, other tokens
     return all(one.settings.get(name) == other.settings.get(name) for name in (*_COMPARED_UNDER, *per_unit))
+
+
+class Memory:
+    """What an earlier, interrupted benchmark has measured. This one knows nothing and keeps nothing."""
+
+    def recall(self, rows: Sequence[str], metric: str, settings: Mapping[str, Any]) -> Any:
+        """What was kept for a metric with these settings on these rows together; None where nothing was."""
+
+    def keep(self, rows: Sequence[str], metric: str, settings: Mapping[str, Any], measured: Any) -> None:
+        """`measured`: what the metric gave, lists and mappings of MetricResults."""
 
 
 def benchmark(
@@ -115,40 +155,96 @@ def benchmark(
     *,
     origin: Provenance,
     quiet: bool = False,
+    missing: Mapping[str, str] = MappingProxyType({}),
+    known: Mapping[str, tuple[str, str]] | None = None,
+    memory: Memory | None = None,
+    folder: Path | None = None,
 ) -> Report:
     """Measure every model with every metric.
 
     models: name of the row -> model, the first one the baseline; read in order, so a mapping may open them as it goes.
-    A metric that measures models together needs all of them open at once; it comes first, so that the mistakes in its
-    settings do.
+    A metric that measures models together needs all of them open at once; it comes first.
     metrics: names of METRICS, or {"metric": name, setting: value, ...}; the same metric may stand twice with other
-    settings. data: metric -> what it measures on. Raises UserError for an unknown metric or setting and missing data.
+    settings. data: metric -> what it measures on; missing: metric -> why it has none. known: row -> (source, hash of
+    the weights), so that a model of which all is remembered need not be opened. folder: where metrics that train
+    models leave them, a folder a row.
+
+    What cannot be measured becomes a Gap of its row and ends nothing. Raises UserError for an unknown metric or
+    setting, and where nothing at all could be measured.
     """
     if not models:
         raise UserError("no model to benchmark; give at least one MODEL")
     chosen = check_metrics(metrics)
-    for metric, _ in chosen:
-        if METRICS[metric].needs_data and metric not in data:
-            raise UserError(f"metric {metric!r} needs data; give --data D or --data {metric}=D")
-    together: dict[int, list[list[MetricResult]]] = {}  # place among `chosen` -> the results of each model
-    if any(METRICS[metric].together for metric, _ in chosen):
-        opened = list(models.values())
-        for place, (metric, settings) in enumerate(chosen):
-            if METRICS[metric].together:
-                with _progress(metric, quiet) as progress:
-                    together[place] = METRICS[metric].run(opened, data.get(metric), progress=progress, **settings)
-        del opened  # the other metrics need one model at a time
-    rows = []
-    for index, (name, subject) in enumerate(models.items()):
+    memory = memory or Memory()
+
+    def attempt(rows: Sequence[str], metric: str, settings: dict[str, Any], subject: Callable[[], Any]) -> Any:
+        """What a metric gives for some rows, from memory where that has it; a Gap where it cannot be measured."""
+        if METRICS[metric].data is not None and metric not in data:
+            return Gap(metric, settings, missing.get(metric) or f"no data; give --data {metric}=D")
+        remembered = memory.recall(rows, metric, settings)
+        if remembered is not None:
+            return remembered
+        extra: dict[str, Any] = {}
+        if METRICS[metric].saves:
+            extra["folder"] = None if folder is None else folder / rows[0]
+        try:
+            with _progress(": ".join([*rows[: len(rows) == 1], metric]), quiet) as progress:
+                measured = METRICS[metric].run(subject(), data.get(metric), progress=progress, **settings, **extra)
+        except (UserError, torch.OutOfMemoryError) as error:
+            return Gap(metric, settings, " ".join(str(error).split()))
+        memory.keep(rows, metric, settings, measured)
+        return measured
+
+    names = list(models)
+    together: dict[int, Any] = {}  # place among `chosen` -> the results of each model, or a Gap
+    held: list[OpenModel] = []
+
+    def all_of_them() -> list[OpenModel]:
+        held[:] = held or models.values()
+        return held
+
+    for place, (metric, settings) in enumerate(chosen):
+        if METRICS[metric].together:
+            together[place] = attempt(names, metric, settings, all_of_them)
+    held.clear()  # the other metrics need one model at a time
+    rows: list[Row] = []
+    references: dict[str, list[MetricResult]] = {}
+    for index, name in enumerate(names):
+        subject = cache(partial(models.__getitem__, name))
         results: list[MetricResult] = []
+        gaps: list[Gap] = []
         for place, (metric, settings) in enumerate(chosen):
-            if place in together:
-                results += together[place][index]
-                continue
-            with _progress(f"{name}: {metric}", quiet) as progress:
-                results += METRICS[metric].run(subject, data.get(metric), progress=progress, **settings)
-        rows.append(Row(name, subject.name, tuple(results), subject.hash))
-    return Report(tuple(rows), origin, tuple({"metric": metric, **settings} for metric, settings in chosen))
+            found = together.get(place) or attempt([name], metric, settings, subject)
+            if isinstance(found, Gap):
+                gaps.append(found)
+            else:
+                results += found[index] if place in together else found
+            if index == 0 and METRICS[metric].references is not None and not isinstance(found, Gap):
+                for reference, figures in _references(metric, settings, data, subject, memory).items():
+                    references.setdefault(reference, []).extend(figures)
+        source, weights = known[name] if known is not None else (subject().name, subject().hash)
+        rows.append(Row(name, source, tuple(results), weights, tuple(gaps)))
+    if not any(row.results for row in rows):
+        raise UserError("; ".join(dict.fromkeys(f"{gap.metric}: {gap.reason}" for row in rows for gap in row.gaps)))
+    return Report(
+        tuple(rows),
+        origin,
+        tuple({"metric": metric, **settings} for metric, settings in chosen),
+        tuple(Row(name, "", tuple(figures)) for name, figures in references.items()),
+    )
+
+
+def _references(
+    metric: str, settings: dict[str, Any], data: Mapping[str, Any], subject: Callable[[], Any], memory: Memory
+) -> dict[str, list[MetricResult]]:
+    rows = ["(no model)"]
+    found = memory.recall(rows, metric, settings)
+    if found is None:
+        measure = METRICS[metric].references
+        assert measure is not None
+        found = measure(data[metric], subject(), **settings)
+        memory.keep(rows, metric, settings, found)
+    return found
 
 
 @contextmanager
@@ -185,33 +281,3 @@ def check_metrics(metrics: Sequence[str | Mapping[str, Any]]) -> list[tuple[str,
             raise UserError(f"metrics: {metric!r} stands twice with the same settings")
         chosen.append((metric, record))
     return chosen
-
-
-def suites() -> list[str]:
-    """The short names of the suites that come with the package."""
-    return sorted({file.stem for folder in _SUITE_FOLDERS for file in folder.glob("*.yaml")})
-
-
-def suite(name_or_path: str | Path) -> dict[str, Any]:
-    """A suite by short name or from a .yaml file: {"description": text, "metrics": [{"metric": name, **settings}]}.
-
-    Raises UserError for an unknown suite, key, metric or setting.
-    """
-    named = [folder / f"{name_or_path}.yaml" for folder in _SUITE_FOLDERS]
-    path = next((file for file in [*named, Path(name_or_path)] if file.is_file()), None)
-    if path is None:
-        raise unknown("suite", str(name_or_path), [*suites(), "FILE.yaml"])
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"suite {path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or "metrics" not in content:
-        raise UserError(f"suite {path} has no list of metrics; expected `metrics: [...]`")
-    for key in content:
-        if key not in ("description", "metrics"):
-            raise unknown(f"key of suite {path}", str(key), ["description", "metrics"])
-    chosen = check_metrics(content["metrics"])
-    return {
-        "description": str(content.get("description", "")).strip(),
-        "metrics": [{"metric": metric, **settings} for metric, settings in chosen],
-    }

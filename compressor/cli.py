@@ -223,10 +223,10 @@ def _run(options: argparse.Namespace, overrides: list[str], notices: list[str]) 
 
 
 def _benchmark(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
-    from . import benchmark, pipeline, report
+    from . import benchmark, pipeline, report, suite
 
     if options.suite is not None:
-        metrics = benchmark.suite(options.suite)["metrics"]
+        metrics = suite.load(options.suite)["metrics"]
     else:
         metrics = ["perplexity", "size"] if options.metrics is None else options.metrics.split(",")
     if options.max_tokens is not None:

@@ -32,8 +32,10 @@ __all__ = [
     "Source",
     "Text",
     "TokenBlocks",
+    "chosen_splits",
     "cuts",
     "describe",
+    "fingerprint",
     "overlap",
     "parse",
     "recipe_text",
@@ -110,7 +112,7 @@ def text(
         raise unknown("data part", part, (*PARTS, "all"))
     source = parse(spec)
     stored = splits(source)
-    named = _splits_in_use(source, stored, split)
+    named = chosen_splits(source, stored, split)
     if part != "all" and not alone:
         chosen = [cuts(named)[part]]
     else:
@@ -128,12 +130,13 @@ def text(
         source=spec,
         part=part,
         split=where,
-        fingerprint=_fingerprint(documents),
+        fingerprint=fingerprint(documents),
         origins=tuple((origin(source, cut.split), cut.start, cut.stop) for cut in chosen),
     )
 
 
-def _splits_in_use(source: Source, stored: Collection[str], split: str | None) -> list[str]:
+def chosen_splits(source: Source, stored: Collection[str], split: str | None) -> list[str]:
+    """The splits of a source that are used: `split`, else those of SPLITS that it has, else its only one."""
     if split is not None:
         if split not in stored:
             raise unknown(f"split of data {source.name!r}", split, stored)
@@ -165,7 +168,8 @@ def _boundary(string: str, percent: int) -> int:
     return line_end + 1 if line_end >= 0 else blank.start() if blank else nominal
 
 
-def _fingerprint(documents: Iterable[str]) -> str:
+def fingerprint(documents: Iterable[str]) -> str:
+    """sha256 of strings, each with its length before it."""
     digest = hashlib.sha256()
     for document in documents:
         content = document.encode("utf-8", "surrogatepass")

@@ -22,7 +22,7 @@ from .rewrites.compose import check, structure
 from .search import allowed_windows
 from .session import ANYWHERE, Columns, Session, lasting_specs, must_be_folder
 from .steps.align import align
-from .steps.measure import run_benchmark
+from .steps.measure import CLASSIFIERS, MEASURED, reported, run_benchmark, what_on
 from .steps.prove import export, verify_model
 from .steps.recover import CHECKPOINTS, finetune
 from .steps.rewrite import rewrite
@@ -45,8 +45,8 @@ __all__ = [
 
 RECIPE = "recipe.yaml"
 # What `run --force` makes anew; whatever else lies in the folder is not its own.
-_MADE = ("report.json", "report.md", report.PLOT, CHECKPOINTS, "recovered", "control", "rewritten", run_folder.WINDOWS,
-         "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
+_MADE = ("report.json", "report.md", report.PLOT, MEASURED, CLASSIFIERS, CHECKPOINTS, "recovered", "control",
+         "rewritten", run_folder.WINDOWS, "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
 
 
 def run(folder: Path, recipe: Recipe, session: Session, *, columns: Columns = ANYWHERE) -> Report:
@@ -244,11 +244,12 @@ def _benchmark(folder: Path, recipe: Recipe, session: Session) -> None:
         metrics = [
             {"metric": metric, **settings} for metric, settings in benchmark.check_metrics(recipe.benchmark.metrics)
         ]
-        test = run_folder.test_text("perplexity", [str(folder)], None, None).fingerprint
+        texts, _ = what_on([entry["metric"] for entry in metrics], [str(folder)], {}, ANYWHERE, session)
+        test = {metric: reported(text).fingerprint for metric, text in texts.items()}
         same = (
             {row.name: row.weights for row in earlier.rows} == now
             and list(earlier.metrics) == metrics
-            and all(facts["fingerprint"] == test for facts in earlier.origin.data.values())
+            and {metric: facts["fingerprint"] for metric, facts in earlier.origin.data.items()} == test
         )
         if not same:
             raise UserError(

@@ -128,7 +128,16 @@ def test_text(metric: str, names: Sequence[str], text_column: str | None, split:
     raise UserError(f"metric {metric!r} needs data; give --data D or --data {metric}=D")
 
 
-def warn_of_overlap(found: Mapping[str, Checkpoint], text: data.Text, notice: Callable[[str], None]) -> None:
+def of_the_demo(names: Sequence[str]) -> bool:
+    """Whether all of them are the embedded model, or runs of it on its own text."""
+    return all(
+        name == "demo"
+        or (is_run(name) and (aligned(name).base_model, aligned(name).calibration["specs"]) == ("demo", "demo"))
+        for name in names
+    )
+
+
+def warn_of_overlap(found: Mapping[str, Checkpoint], text: Any, notice: Callable[[str], None]) -> None:
     """Say so when a model was made with the text it is now measured on."""
     for row, checkpoint in found.items():
         report = made(checkpoint)

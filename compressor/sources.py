@@ -103,8 +103,8 @@ def _is_file_format(name: str) -> bool:
     return name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
 
 
-def splits(source: Source) -> dict[str, Callable[[], Rows]]:
-    """The splits of a source by name; calling one reads it.
+def splits(source: Source, kind: str = "lm") -> dict[str, Callable[[], Rows]]:
+    """The splits of a source by name; calling one reads it. kind: which rows of the demo (demo.KINDS).
 
     `valid`, `val`, `dev`, `training` and `testing` are called by the names of SPLITS. A file is one split, `all`. In a
     folder the beginning of a file's stem names its split (`train-00001.parquet`, `dev.txt`); a file with another stem
@@ -114,7 +114,7 @@ def splits(source: Source) -> dict[str, Callable[[], Rows]]:
     if source.kind == "hub":
         return _hub(source)
     if source.kind == "demo":
-        return {split: partial(_demo, split) for split in SPLITS}
+        return {split: partial(_demo, kind, split) for split in SPLITS}
     if source.kind == "file":
         return {"all": partial(_read, [Path(source.target)])}
     return {split: partial(_read, files) for split, files in _folder(source).items()}
@@ -149,12 +149,12 @@ def _hub(source: Source) -> dict[str, Callable[[], Rows]]:
     return named
 
 
-def _demo(split: str) -> Rows:
+def _demo(kind: str, split: str) -> Rows:
     from datasets import Dataset
 
     from . import demo
 
-    return Dataset.from_list(demo.rows("lm", split))
+    return Dataset.from_list(demo.rows(kind, split))
 
 
 def _folder(source: Source) -> dict[str, list[Path]]:

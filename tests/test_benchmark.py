@@ -11,8 +11,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
+from compressor import suite
 from compressor.artifacts import provenance
-from compressor.benchmark import Report, Row, benchmark, check_metrics, suite, suites
+from compressor.benchmark import Report, Row, benchmark, check_metrics
 from compressor.data import Text
 from compressor.errors import UserError
 from compressor.metrics import METRICS, Metric
@@ -150,10 +151,9 @@ def test_models_are_opened_one_after_the_other(opened):
     class Opening(dict):
         order: list = []  # noqa: RUF012
 
-        def items(self):
-            for name in self:
-                self.order.append(name)
-                yield name, self[name]
+        def __getitem__(self, name):
+            self.order.append(name)
+            return super().__getitem__(name)
 
     models, seen, run = Opening(one=opened["one"], two=opened["two"]), [], METRICS["size"].run
 
@@ -162,7 +162,7 @@ def test_models_are_opened_one_after_the_other(opened):
         return run(*given, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METRICS, "size", Metric(watched, frozenset(), needs_data=False))
+        patch.setitem(METRICS, "size", Metric(watched, frozenset()))
         benchmark(models, ["size"], {}, origin=ORIGIN, quiet=True)
     assert seen == [["one"], ["one", "two"]]
 
@@ -198,9 +198,41 @@ def test_bad_metrics_are_one_line(opened, metrics, message):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_data_and_models_are_one_line(opened):
-    with pytest.raises(UserError, match="metric 'perplexity' needs data"):
-        benchmark(opened, ["size", "perplexity"], {}, origin=ORIGIN, quiet=True)
+def test_what_cannot_be_measured_is_a_named_gap_and_ends_nothing(opened):
+    models = {name: opened[name] for name in ("one", "two")}
+    asked = ["perplexity", {"metric": "perplexity", "context": 17}, "size"]
+    report = benchmark(models, asked, {"perplexity": TEXT}, origin=ORIGIN, quiet=True)
+    for row in report.rows:
+        assert row.find("perplexity") and row.find("parameters")
+        (gap,) = row.gaps
+        assert (gap.metric, gap.settings) == ("perplexity", {"context": 17})
+        assert "context=17 is not allowed; allowed: whole numbers from 1 to 16" in gap.reason
+    body = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [(gap["model"], gap["metric"]) for gap in body["gaps"]] == [("one", "perplexity"), ("two", "perplexity")]
+    assert Report.from_dict({**body, "provenance": vars(ORIGIN)}) == report
+    for missing, reason in (({}, "no data; give --data perplexity=D"), ({"perplexity": "no such hub"}, "no such hub")):
+        report = benchmark(models, asked, {}, origin=ORIGIN, quiet=True, missing=missing)
+        assert [gap.reason for gap in report.rows[1].gaps] == [reason] * 2 and report.rows[1].find("bytes")
+
+
+def test_a_gap_of_one_model_is_not_the_others(opened):
+    def only_one_layer(subject, data, *, progress):
+        if subject.model.config.n_layer > 1:
+            raise UserError("too deep")
+        return METRICS["size"].run(subject, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METRICS, "perplexity", Metric(only_one_layer, frozenset()))
+        report = benchmark({n: opened[n] for n in ("one", "two")}, ["perplexity"], {}, origin=ORIGIN, quiet=True)
+    assert [len(row.gaps) for row in report.rows] == [1, 0] and report.rows[1].find("parameters")
+
+
+def test_nothing_measured_at_all_is_an_error(opened):
+    with pytest.raises(UserError, match="perplexity: no data; give --data perplexity=D"):
+        benchmark({"one": opened["one"]}, ["perplexity"], {}, origin=ORIGIN, quiet=True)
+
+
+def test_missing_models_are_one_line(opened):
     with pytest.raises(UserError, match="no model to benchmark"):
         benchmark({}, ["size"], {}, origin=ORIGIN, quiet=True)
 
@@ -210,8 +242,8 @@ def test_missing_data_and_models_are_one_line(opened):
 
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_suites_of_the_package_can_be_run(name, opened):
-    assert name in suites()
-    content = suite(name)
+    assert name in suite.names()
+    content = suite.load(name)
     assert content["description"] and check_metrics(content["metrics"])
     report = benchmark({"one": opened["one"]}, content["metrics"], {"perplexity": TEXT}, origin=ORIGIN, quiet=True)
     measured = {result.metric for result in report.rows[0].results}
@@ -222,7 +254,7 @@ def test_suites_of_the_package_can_be_run(name, opened):
 def test_a_suite_may_be_a_file(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("metrics:\n  - size\n  - {metric: perplexity, max_tokens: 100}\n", encoding="utf-8")
-    assert suite(path) == {
+    assert suite.load(path) == {
         "description": "",
         "metrics": [{"metric": "size"}, {"metric": "perplexity", "max_tokens": 100}],
     }
@@ -243,11 +275,11 @@ def test_bad_suites_are_one_line(tmp_path: Path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message) as caught:
-        suite(path)
+        suite.load(path)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_suite_is_one_line():
     message = r"unknown suite 'quik' \(did you mean 'quick'\?\); allowed: FILE.yaml, full, quick"
     with pytest.raises(UserError, match=message):
-        suite("quik")
+        suite.load("quik")

@@ -19,11 +19,11 @@ STOREYS = [
     {"pipeline"},
     {"steps"},
     {"session", "facts", "run_folder", "recipe"},  # what the steps share
-    {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment", "capture",
-     "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode", "training_schedule",
-     "training_state"},  # stages
-    {"models", "checkpoint", "gpt2", "artifacts", "data", "sources", "tokens", "fields", "windows", "errors",
-     "processes", "demo", "modeling"},  # ground
+    {"verify", "benchmark", "suite", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
+     "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
+     "training_schedule", "training_state"},  # stages
+    {"models", "checkpoint", "gpt2", "artifacts", "data", "examples", "sources", "tokens", "fields", "windows",
+     "errors", "processes", "demo", "modeling"},  # ground
 ]  # fmt: skip
 # reopen runs in a process of its own, where the package is not; __init__ is the package's face
 APART = {"reopen", "__init__"}

@@ -4,9 +4,9 @@ from . import latency, perplexity, size
 from .base import Metric, MetricResult, Progress
 
 METRICS: dict[str, Metric] = {
-    "latency": Metric(latency.measure, latency.SETTINGS, needs_data=False, together=True),
-    "perplexity": Metric(perplexity.measure, perplexity.SETTINGS, needs_data=True),
-    "size": Metric(size.measure, size.SETTINGS, needs_data=False),
+    "latency": Metric(latency.measure, latency.SETTINGS, together=True),
+    "perplexity": Metric(perplexity.measure, perplexity.SETTINGS, data="text"),
+    "size": Metric(size.measure, size.SETTINGS),
 }
 
 __all__ = ["METRICS", "Metric", "MetricResult", "Progress"]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts, benchmark, data, models, report, run_folder
+from .. import artifacts, benchmark, data, examples, models, report, run_folder
+from ..artifacts import Provenance
+from ..benchmark import METRICS
 from ..errors import UserError
-from ..models import OpenModel
+from ..metrics import MetricResult
+from ..models import Checkpoint, OpenModel
 from ..session import ANYWHERE, Columns, Session, must_be_folder
+
+MEASURED = "measured.json"  # in --out, until the report is written
+CLASSIFIERS = "classifiers"
+_LOAD: dict[str, Callable[..., Any]] = {"labelled": examples.labelled, "summaries": examples.summaries}
 
 
 class _Opened(Mapping[str, OpenModel]):
@@ -28,6 +36,49 @@ class _Opened(Mapping[str, OpenModel]):
         return len(self._rows)
 
 
+class Measured(benchmark.Memory):
+    """What was measured so far, in a file: a killed benchmark that is started again goes on.
+
+    A figure is known by its metric and settings, the weights it was taken of, the text it was taken on, device, dtype.
+    """
+
+    def __init__(self, file: Path, weights: Mapping[str, str], texts: Mapping[str, Any], origin: Provenance):
+        self.file, self.weights, self.texts, self.origin = file, weights, texts, origin
+        stored = artifacts.read_json(file, "measured", "benchmark") if file.is_file() else {}
+        self.stored: dict[str, Any] = stored.get("measured", {})
+
+    def _key(self, rows: Sequence[str], metric: str, settings: Mapping[str, Any]) -> str:
+        text = getattr(self.texts.get(metric), "fingerprint", None)
+        weights = [self.weights.get(row, row) for row in rows]
+        return json.dumps([metric, settings, weights, text, self.origin.device, self.origin.dtype], sort_keys=True)
+
+    def recall(self, rows: Sequence[str], metric: str, settings: Mapping[str, Any]) -> Any:
+        found = self.stored.get(self._key(rows, metric, settings))
+        return None if found is None else _results(found)
+
+    def keep(self, rows: Sequence[str], metric: str, settings: Mapping[str, Any], measured: Any) -> None:
+        self.stored[self._key(rows, metric, settings)] = _plain(measured)
+        artifacts.write_json(self.file, "measured", {"measured": self.stored}, self.origin)
+
+
+def _plain(measured: Any) -> Any:
+    if isinstance(measured, MetricResult):
+        return measured.to_dict()
+    if isinstance(measured, Mapping):
+        return {"rows": {name: _plain(item) for name, item in measured.items()}}
+    return [_plain(item) for item in measured]
+
+
+def _results(stored: Any) -> Any:
+    if isinstance(stored, list):
+        return [_results(item) for item in stored]
+    return (
+        {name: _results(item) for name, item in stored["rows"].items()}
+        if "rows" in stored
+        else MetricResult.from_dict(stored)
+    )
+
+
 def run_benchmark(
     names: Sequence[str],
     out: Path,
@@ -37,9 +88,10 @@ def run_benchmark(
     *,
     columns: Columns = ANYWHERE,
 ) -> benchmark.Report:
-    """Step 6: measure models side by side; write report.json, report.md and plots into `out`.
+    """Step 6: measure models side by side; write report.json, report.md, report.html and plots into `out`.
 
-    sources: metric -> D; the empty key is for every metric that has none of its own.
+    sources: metric -> D; the empty key is for every metric that has none of its own. What an interrupted call has
+    measured is not measured again.
     """
     out = Path(out)
     must_be_folder(out)
@@ -49,28 +101,40 @@ def run_benchmark(
         raise UserError(f"{out} has a report already; give another --out, or --force to replace it")
     chosen = benchmark.check_metrics(metrics)
     for metric in sources:
-        if metric and (metric not in dict(chosen) or not benchmark.METRICS[metric].needs_data):
+        if metric and (metric not in dict(chosen) or METRICS[metric].data is None):
             raise UserError(
                 f"data for {metric!r}, which is not measured here or needs none; measured: {_names(chosen)}"
             )
     rows = run_folder.rows(names)
     found = {row: models.find(model) for row, model in rows.items()}  # every mistake before the first figure
-    texts: dict[str, data.Text] = {}
-    for metric, _ in chosen:
-        if benchmark.METRICS[metric].needs_data and metric not in texts:
-            texts[metric] = _text(metric, names, sources, columns)
-    for text in {text.fingerprint: text for text in texts.values()}.values():
-        run_folder.warn_of_overlap(found, text, session.notice)
-    run_folder.warn_of_twins(found, session.notice)
-    run_folder.warn_of_strangers(names, session.notice)
+    texts, missing = what_on(list(dict(chosen)), names, sources, columns, session)
+    _warn(names, found, texts, session)
+    weights = {row: artifacts.hash_files(list(item.files)) for row, item in found.items()}
     first = session.open(next(iter(rows.values())))
-    origin = session.origin(first, {metric: data.describe(text) for metric, text in texts.items()})
+    described = {metric: data.describe(reported(text)) for metric, text in texts.items()}
+    origin = session.origin(first, described)
     del first
-    result = benchmark.benchmark(_Opened(rows, session), metrics, texts, origin=origin, quiet=session.silent)
     if out.is_dir():
         artifacts.sweep(out)
+        if session.force:
+            artifacts.remove(out / MEASURED)
+    memory = Measured(out / MEASURED, weights, texts, origin)
+    result = benchmark.benchmark(
+        _Opened(rows, session),
+        metrics,
+        texts,
+        origin=origin,
+        quiet=session.silent,
+        missing=missing,
+        known={row: (rows[row], weights[row]) for row in rows},
+        memory=memory,
+        folder=out / CLASSIFIERS,
+    )
+    for reason in dict.fromkeys(f"{gap.metric}: {gap.reason}" for row in result.rows for gap in row.gaps):
+        session.notice(f"warning: not measured: {reason}")
     with artifacts.new_files(out) as folder:
         report.write(folder, result)
+    artifacts.remove(out / MEASURED)
     return result
 
 
@@ -78,8 +142,59 @@ def _names(chosen: Sequence[tuple[str, Any]]) -> str:
     return ", ".join(dict.fromkeys(name for name, _ in chosen))
 
 
-def _text(metric: str, names: Sequence[str], sources: Mapping[str, str], columns: Columns) -> data.Text:
-    spec = sources.get(metric) or sources.get("")
-    if spec is None:
-        return run_folder.test_text(metric, names, columns.text_column, columns.split)
-    return data.text(spec, "all", text_column=columns.text_column, split=columns.split)
+def reported(text: Any) -> Any:
+    """What the figures are taken on: the test part of a labelled source."""
+    return text.test if isinstance(text, examples.Labelled) else text
+
+
+def _warn(names: Sequence[str], found: Mapping[str, Checkpoint], texts: Mapping[str, Any], session: Session) -> None:
+    for text in {text.fingerprint: reported(text) for text in texts.values()}.values():
+        run_folder.warn_of_overlap(found, text, session.notice)
+    run_folder.warn_of_twins(found, session.notice)
+    run_folder.warn_of_strangers(names, session.notice)
+
+
+# ---------------------------------------------------------------- what is measured on
+
+
+def what_on(
+    metrics: Sequence[str], names: Sequence[str], sources: Mapping[str, str], columns: Columns, session: Session
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """metric -> what it is measured on, and metric -> why there is nothing.
+
+    A D that was named for a metric must be there (UserError); one that was named for all of them serves those that it
+    can; the metric's own standard is taken last, and where it cannot be had either, the metric is a gap.
+    """
+    texts: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for metric in metrics:
+        kind = METRICS[metric].data
+        if kind == "text":
+            spec = sources.get(metric) or sources.get("")
+            try:
+                texts[metric] = (
+                    run_folder.test_text(metric, names, columns.text_column, columns.split)
+                    if spec is None
+                    else data.text(spec, "all", text_column=columns.text_column, split=columns.split)
+                )
+            except UserError as error:
+                if spec is not None or len(metrics) == 1:
+                    raise
+                missing[metric] = str(error)
+        elif kind is not None:
+            spec = sources.get(metric)
+            if spec is not None:
+                texts[metric] = _LOAD[kind](spec, text_column=columns.text_column, split=columns.split)
+                continue
+            standard = "demo" if run_folder.of_the_demo(names) else METRICS[metric].standard
+            for offered in [item for item in (sources.get(""), standard) if item is not None]:
+                try:
+                    texts[metric] = _LOAD[kind](offered)
+                except UserError as error:
+                    missing[metric] = str(error)
+                    continue
+                missing.pop(metric, None)
+                if "" in sources and offered != sources[""]:
+                    session.notice(f"{metric} is measured on {offered}: {sources['']} has no columns for it")
+                break
+    return texts, missing
