@@ -166,8 +166,9 @@ def _result(
     metric: str, unit: str, nll: Tensor, units: int, block: int, error: float | None, settings: dict[str, Any]
 ) -> MetricResult:
     """exp(sum / units), with the standard error carried through the exponential."""
-    mean = float(nll.sum()) / max(1, units)
-    value = math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan  # NaN answers both with no
+    from .measures import Perplexity
+
+    value = Perplexity().compute(predictions=nll.numpy(), units=units)["perplexity"]
     spread = (
         None
         if error is None or not math.isfinite(value)
