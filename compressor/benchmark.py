@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -159,6 +159,7 @@ def benchmark(
     known: Mapping[str, tuple[str, str]] | None = None,
     memory: Memory | None = None,
     folder: Path | None = None,
+    only: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Report:
     """Measure every model with every metric.
 
@@ -167,7 +168,7 @@ def benchmark(
     metrics: names of METRICS, or {"metric": name, setting: value, ...}; the same metric may stand twice with other
     settings. data: metric -> what it measures on; missing: metric -> why it has none. known: row -> (source, hash of
     the weights), so that a model of which all is remembered need not be opened. folder: where metrics that train
-    models leave them, a folder a row.
+    models leave them, a folder a row. only: row -> the metrics it gets, for rows that are not to get all of them.
 
     What cannot be measured becomes a Gap of its row and ends nothing. Raises UserError for an unknown metric or
     setting, and where nothing at all could be measured.
@@ -199,13 +200,15 @@ def benchmark(
     together: dict[int, Any] = {}  # place among `chosen` -> the results of each model, or a Gap
     held: list[OpenModel] = []
 
-    def all_of_them() -> list[OpenModel]:
-        held[:] = held or models.values()
+    def all_of_them(rows: Sequence[str]) -> list[OpenModel]:
+        held[:] = held or [models[name] for name in rows]
         return held
 
     for place, (metric, settings) in enumerate(chosen):
         if METRICS[metric].together:
-            together[place] = attempt(names, metric, settings, all_of_them)
+            those = [name for name in names if metric in only.get(name, METRICS)]
+            found = attempt(those, metric, settings, partial(all_of_them, those))
+            together[place] = found if isinstance(found, Gap) else dict(zip(those, found, strict=True))
     held.clear()  # the other metrics need one model at a time
     rows: list[Row] = []
     references: dict[str, list[MetricResult]] = {}
@@ -214,11 +217,13 @@ def benchmark(
         results: list[MetricResult] = []
         gaps: list[Gap] = []
         for place, (metric, settings) in enumerate(chosen):
+            if metric not in only.get(name, METRICS):
+                continue
             found = together.get(place) or attempt([name], metric, settings, subject)
             if isinstance(found, Gap):
                 gaps.append(found)
             else:
-                results += found[index] if place in together else found
+                results += found[name] if place in together else found
             if index == 0 and METRICS[metric].references is not None and not isinstance(found, Gap):
                 for reference, figures in _references(metric, settings, data, subject, memory).items():
                     references.setdefault(reference, []).extend(figures)

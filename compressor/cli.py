@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import options as command_line
 from . import show
-from .errors import UserError
+from .errors import UserError, unknown
 
 if TYPE_CHECKING:
     from .session import Session
@@ -222,6 +222,25 @@ def _run(options: argparse.Namespace, overrides: list[str], notices: list[str]) 
     )
 
 
+def _study(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
+    from . import pipeline, report, studies
+
+    if options.study not in studies.STUDIES:
+        raise unknown("study", options.study, studies.STUDIES)
+    folder = options.run or pipeline.run_name(options.study)
+    result = studies.run_study(
+        studies.STUDIES[options.study],
+        folder,
+        _seeded(options, overrides),
+        _session(options, notices),
+        columns=pipeline.Columns(options.text_column, options.split),
+        tell=lambda message: None if options.quiet or not _main_process() else print(message, file=sys.stderr),
+    )
+    return _print(
+        options, result.to_dict(), f"{report.table(result)}\n\n{folder}/report.md has the tables and pictures"
+    )
+
+
 def _benchmark(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
     from . import benchmark, pipeline, report, suite
 
@@ -291,9 +310,10 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], list[str]], int]] =
     "finetune": _finetune,
     "benchmark": _benchmark,
     "run": _run,
+    "study": _study,
     "inspect": _inspect,
     "verify": _verify,
     "export": _export,
     "demo": _run,
 }
-SHARED = ("align", "search", "finetune", "run", "demo")  # what several processes do together
+SHARED = ("align", "search", "finetune", "run", "study", "demo")  # what several processes do together

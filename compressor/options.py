@@ -126,6 +126,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     _finetune(command)
     _benchmark(command)
     _run(command)
+    _study(command)
     inspect = command("inspect", "what a model or a run is", "inspect runs/mine")
     inspect.add_argument("path", metavar="PATH", help=_MODEL)
     verify = command("verify", "reopen in a fresh process: logits, cache, parameters, bytes", "verify runs/mine")
@@ -311,6 +312,20 @@ def _run(command: Command) -> None:
     run.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
     run.add_argument("--run", type=_folder, metavar="DIR", help="default: runs/RECIPE")
     _columns(run)
+
+
+def _study(command: Command) -> None:
+    study = command(
+        "study",
+        "many recipes beside each other, with one report: code_n_all, soft_shared; an interrupted one goes on",
+        "study code_n_all",
+        "study code_n_all model=gpt2 data=wikitext finetune.steps=500 --run runs/gpt2",
+        "study soft_shared model=./my-gpt2 data=my.txt",
+        keys=True,
+    )
+    study.add_argument("study", metavar="NAME", help="code_n_all or soft_shared")
+    study.add_argument("--run", type=_folder, metavar="DIR", help="default: runs/NAME")
+    _columns(study)
 
 
 def _benchmark(command: Command) -> None:

@@ -6,6 +6,7 @@ The steps are in steps/, one file each; `plan` and `inspect`, which write nothin
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "export",
     "finetune",
     "inspect",
+    "make",
     "plan",
     "rewrite",
     "run",
@@ -45,8 +47,8 @@ __all__ = [
 
 RECIPE = "recipe.yaml"
 # What `run --force` makes anew; whatever else lies in the folder is not its own.
-_MADE = ("report.json", "report.md", report.PLOT, MEASURED, CLASSIFIERS, CHECKPOINTS, "recovered", "control",
-         "rewritten", run_folder.WINDOWS, "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
+_MADE = (*report.FILES, MEASURED, CLASSIFIERS, CHECKPOINTS, "recovered", "control", "rewritten", run_folder.WINDOWS,
+         "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
 
 
 def run(folder: Path, recipe: Recipe, session: Session, *, columns: Columns = ANYWHERE) -> Report:
@@ -58,13 +60,29 @@ def run(folder: Path, recipe: Recipe, session: Session, *, columns: Columns = AN
     which makes all of it anew.
     """
     folder = Path(folder)
+    make(folder, recipe, session, columns=columns)
+    session = dataclasses.replace(session, seed=recipe.seed, force=False)  # what was there is gone or stays
+    with session.alone() as here:
+        if here:
+            _benchmark(folder, recipe, session)
+    return report.read(folder)
+
+
+def make(
+    folder: Path, recipe: Recipe, session: Session, *, columns: Columns = ANYWHERE, lender: Path | None = None
+) -> None:
+    """The steps of a recipe up to the benchmark, as `run` does them. lender: a run folder whose alignment is the one
+    that this recipe makes, so that it need not be made again."""
     session = dataclasses.replace(session, seed=recipe.seed)
     must_be_folder(folder)
     _check(recipe, session, columns)
     with session.alone() as here:
         if here:
             _claim(folder, recipe, session)
-    session = dataclasses.replace(session, force=False)  # what was there is gone or stays
+    session = dataclasses.replace(session, force=False)
+    with session.alone() as here:
+        if here and lender is not None and not (folder / "alignment.json").is_file():
+            _borrow(folder, lender)
     _align(folder, recipe, session, columns)
     _search(folder, recipe, session)
     with session.alone() as here:
@@ -72,10 +90,12 @@ def run(folder: Path, recipe: Recipe, session: Session, *, columns: Columns = AN
             _rewrite(folder, recipe, session)
     if recipe.finetune is not None:
         finetune(folder, recipe.finetune, session, resume=True)
-    with session.alone() as here:
-        if here:
-            _benchmark(folder, recipe, session)
-    return report.read(folder)
+
+
+def _borrow(folder: Path, lender: Path) -> None:
+    with artifacts.new_files(folder) as new:
+        for name in ("alignment.safetensors", "alignment.json"):
+            shutil.copyfile(lender / name, new / name)
 
 
 def _check(recipe: Recipe, session: Session, columns: Columns) -> None:

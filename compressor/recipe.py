@@ -224,9 +224,14 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     record = parse_yaml(text, f"recipe {name_or_path}")
     if not isinstance(record, dict):
         raise UserError(f"recipe {name_or_path} is no mapping of keys; see `gpt2-compress plan --help`")
+    return from_plain(overridden(record, overrides))
+
+
+def overridden(record: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The record with `key=value` put in, in place. Raises UserError for keys that there are not."""
     for override in overrides:
         _override(record, override)
-    return from_plain(record)
+    return record
 
 
 def from_plain(record: Mapping[str, Any]) -> Recipe:
@@ -298,6 +303,8 @@ def _override(record: dict[str, Any], override: str) -> None:
         if path not in fields_of:
             raise unknown("key", path, [*roots, *fields_of])
         if len(rewrites) != 1:
+            if not rewrites:
+                raise UserError(f"{override}: {path} is a field of a rewrite, and these are given already")
             dotted = ", ".join(f"rewrites.{index}.{path}" for index in range(len(rewrites)))
             raise UserError(f"{override}: the recipe has {len(rewrites)} rewrites; say which: {dotted}")
         parts = ["rewrites", "0", path]

@@ -13,6 +13,7 @@ from .benchmark import Report, Row
 from .metrics import MetricResult
 
 PLOT = "perplexity_by_parameters.png"
+FILES = ("report.json", "report.md", PLOT)  # what `write` may leave
 MISSING = "-"
 _NAMED, _LONG = 10, 40  # points that the plot names (more are numbered); characters of a name it shows
 

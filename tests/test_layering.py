@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / "compressor"
 STOREYS = [
     {"__main__"},
     {"cli", "options", "show"},
+    {"studies"},
     {"pipeline"},
     {"steps"},
     {"session", "facts", "run_folder", "recipe"},  # what the steps share

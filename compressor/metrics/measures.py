@@ -1,5 +1,5 @@
-"""The measures of tasks and of text as `evaluate.Metric` classes that need no network: what their scripts on the hub are
-fetched for stands here. Import this file where a measure is taken: evaluate takes a second to import.
+"""The measures of tasks and of text as `evaluate.Metric` classes that need no network: what their scripts on the hub
+are fetched for stands here. Import this file where a measure is taken: evaluate takes a second to import.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import artifacts, benchmark, data, examples, models, report, run_folder
@@ -87,11 +88,14 @@ def run_benchmark(
     session: Session,
     *,
     columns: Columns = ANYWHERE,
+    rows: Mapping[str, str] | None = None,
+    only: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> benchmark.Report:
     """Step 6: measure models side by side; write report.json, report.md, report.html and plots into `out`.
 
-    sources: metric -> D; the empty key is for every metric that has none of its own. What an interrupted call has
-    measured is not measured again.
+    sources: metric -> D; the empty key is for every metric that has none of its own. rows: name -> MODEL, by default
+    what `names` give. only: row -> the metrics it gets, where not all. What an interrupted call has measured is not
+    measured again.
     """
     out = Path(out)
     must_be_folder(out)
@@ -105,7 +109,7 @@ def run_benchmark(
             raise UserError(
                 f"data for {metric!r}, which is not measured here or needs none; measured: {_names(chosen)}"
             )
-    rows = run_folder.rows(names)
+    rows = run_folder.rows(names) if rows is None else rows
     found = {row: models.find(model) for row, model in rows.items()}  # every mistake before the first figure
     texts, missing = what_on(list(dict(chosen)), names, sources, columns, session)
     _warn(names, found, texts, session)
@@ -129,6 +133,7 @@ def run_benchmark(
         known={row: (rows[row], weights[row]) for row in rows},
         memory=memory,
         folder=out / CLASSIFIERS,
+        only=only,
     )
     for reason in dict.fromkeys(f"{gap.metric}: {gap.reason}" for row in result.rows for gap in row.gaps):
         session.notice(f"warning: not measured: {reason}")

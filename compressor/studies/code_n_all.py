@@ -1,0 +1,35 @@
+"""merged_n and compressed_n for n = 4, 6, 8, 10 beside the original: what uniform FFNs and less depth cost.
+
+The workflow is that of "Efficient Transformer Compression via Merged and Shared Feed-Forward Networks": sample text of
+all variants; perplexity before and after the same fine-tuning; latency and speed-up; IMDb accuracy; ROUGE-L.
+"""
+
+from __future__ import annotations
+
+from .study import Member, Study
+
+SIZES = (4, 6, 8, 10)
+
+CODE_N_ALL = Study(
+    name="code_n_all",
+    title="merged_n and compressed_n: quality, size and speed",
+    recipe={
+        "model": "demo",
+        "data": "demo",
+        "seed": 0,
+        "align": {"method": "activation", "site": "pre", "pairs": "chain", "max_tokens": 4000},
+        "search": {"strategy": "all", "race": True, "max_tokens": 16384},
+        "finetune": {"train": "lora", "steps": 100, "batch_tokens": 4096, "learning_rate": 3e-3, "lora_rank": 64,
+                     "lora_alpha": 64, "selection_tokens": 8192},
+        "benchmark": {"metrics": [
+            {"metric": "perplexity", "max_tokens": 32768},
+            "size",
+            {"metric": "latency", "batch": [1, 8]},
+        ]},
+    },
+    members=(
+        *(Member(f"merged_{n}", {"rewrite": "merged_n", "n": n, "tie": True}) for n in SIZES),
+        *(Member(f"compressed_{n}", {"rewrite": "compressed_n", "n": n, "collapse": "fit"}) for n in SIZES),
+    ),
+    before=("perplexity", "size"),
+)  # fmt: skip
