@@ -41,6 +41,17 @@ class TokenBlocks:
         yield from zip(self.ids.split(rows), self.mask.split(rows), strict=True)
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int, text: str) -> list[int]:
+    """Token ids of one string, without BOS or EOS. Raises UserError for ids that the model's vocabulary lacks."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    if ids and max(ids) >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {max(ids)}, the model's vocabulary ends at {vocabulary - 1}: "
+            "they do not belong together"
+        )
+    return ids
+
+
 def token_blocks(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, context: int, max_tokens: int | None, seed: int, evenly: bool
 ) -> TokenBlocks:

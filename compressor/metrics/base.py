@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..errors import UserError
+
 Progress = Callable[[int, int], None]  # (done, total), in the metric's own units
 
 
@@ -59,3 +61,13 @@ class Metric:
     together: bool = False
     references: Callable[..., dict[str, list[MetricResult]]] | None = None
     saves: bool = False
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` where it is a whole number from `low` (to `high`). Raises UserError naming the setting otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise UserError(
+            f"{name}={value!r} is not allowed; allowed: whole numbers from {low}"
+            + (f" to {high}" if high is not None else "")
+        )
+    return value

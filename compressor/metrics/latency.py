@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..models import OpenModel
-from .base import MetricResult, Progress
+from .base import MetricResult, Progress, whole
 
 SETTINGS = frozenset({"batch", "prompt_tokens", "new_tokens", "repeats", "warm_up"})
 PROTOCOL = "greedy, fixed length, models interleaved"
@@ -106,9 +106,9 @@ def measure(
     batches, prompts = _several("batch", batch), _several("prompt_tokens", prompt_tokens)
     room = min(subject.model.config.n_positions for subject in subjects)
     prompts = prompts or [max(1, min(_PROMPT, room // 2))]
-    new_tokens = max(1, min(_NEW, room - max(prompts))) if new_tokens is None else _whole("new_tokens", new_tokens, 1)
-    _whole("repeats", repeats, 2)
-    _whole("warm_up", warm_up, 0)
+    new_tokens = max(1, min(_NEW, room - max(prompts))) if new_tokens is None else whole("new_tokens", new_tokens, 1)
+    whole("repeats", repeats, 2)
+    whole("warm_up", warm_up, 0)
     if max(prompts) + new_tokens > room:
         raise UserError(
             f"prompt_tokens={max(prompts)} and new_tokens={new_tokens} are more than the {room} positions "
@@ -176,10 +176,4 @@ def _several(name: str, given: Any) -> list[int]:
     values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     if not values:
         raise UserError(f"{name}={given!r} is not allowed; allowed: a whole number from 1, or several")
-    return list(dict.fromkeys(_whole(name, value, 1) for value in values))
-
-
-def _whole(name: str, value: Any, low: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UserError(f"{name}={value!r} is not allowed; allowed: whole numbers from {low}")
-    return value
+    return list(dict.fromkeys(whole(name, value, 1) for value in values))

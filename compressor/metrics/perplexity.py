@@ -14,31 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import JOINER, Text
 from ..errors import UserError, unknown
 from ..models import OpenModel
-from .base import MetricResult, Progress
+from ..tokens import text_ids
+from .base import MetricResult, Progress, whole
 from .nll import BATCH_TOKENS, rolling_spans, standard_error, strided_spans, text_nll
 from .wikitext import articles, detokenise, is_wikitext, words_begun
 
 PROTOCOLS = ("strided", "lm-eval", "openai-detok")
 SETTINGS = frozenset({"protocol", "context", "stride", "max_tokens", "batch_tokens"})
-
-
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        raise UserError(
-            f"{name}={value!r} is not allowed; allowed: whole numbers from {low}"
-            + (f" to {high}" if high is not None else "")
-        )
-    return value
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, vocabulary: int, text: str) -> Tensor:
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.int64)
-    if len(ids) and int(ids.max()) >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives token {int(ids.max())}, the model's vocabulary ends at {vocabulary - 1}: "
-            "they do not belong together"
-        )
-    return ids
 
 
 def _prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -84,16 +66,16 @@ def perplexity(
     """
     if protocol not in PROTOCOLS:
         raise unknown("protocol of perplexity", protocol, PROTOCOLS)
-    context = _whole("context", model.config.n_positions if context is None else context, 1, model.config.n_positions)
+    context = whole("context", model.config.n_positions if context is None else context, 1, model.config.n_positions)
     if max_tokens is not None:
-        _whole("max_tokens", max_tokens, 2)
-    _whole("batch_tokens", batch_tokens, 1)
+        whole("max_tokens", max_tokens, 2)
+    whole("batch_tokens", batch_tokens, 1)
     if protocol == "lm-eval":
         if stride not in (None, context):
             raise UserError(f"stride={stride!r} is not allowed with protocol 'lm-eval': its windows are disjoint")
         stride = context
     else:
-        stride = _whole("stride", max(1, context // 2) if stride is None else stride, 1, context)
+        stride = whole("stride", max(1, context // 2) if stride is None else stride, 1, context)
 
     rolling, from_wikitext = protocol == "lm-eval", is_wikitext(text.documents)
     detokenised = from_wikitext if rolling else protocol == "openai-detok"
@@ -148,7 +130,9 @@ def _first_tokens(
     sequences: list[Tensor] = []
     words, left = 0, math.inf if max_tokens is None else max_tokens
     for document in documents:
-        ids = _encode(tokenizer, vocabulary, detokenise(document) if detokenised else document)
+        ids = torch.tensor(
+            text_ids(tokenizer, vocabulary, detokenise(document) if detokenised else document), dtype=torch.int64
+        )
         if len(ids) > left:
             ids = ids[: int(left)]
             words += words_begun(document, str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)))
