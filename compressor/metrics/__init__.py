@@ -1,11 +1,15 @@
 """How models are measured: one file a metric, one definition of each measure."""
 
-from . import latency, perplexity, size
+from . import generation, latency, perplexity, rouge, size
 from .base import Metric, MetricResult, Progress
 
 METRICS: dict[str, Metric] = {
+    "generation": Metric(generation.measure, generation.SETTINGS),
     "latency": Metric(latency.measure, latency.SETTINGS, together=True),
     "perplexity": Metric(perplexity.measure, perplexity.SETTINGS, data="text"),
+    "rouge": Metric(
+        rouge.measure, rouge.SETTINGS, data="summaries", standard="cnn_dailymail", references=rouge.references
+    ),
     "size": Metric(size.measure, size.SETTINGS),
 }
 
