@@ -88,13 +88,17 @@ def test_sampled_tokens_are_among_the_likeliest(tiny_model, expected):
 
 
 def test_tokens_are_drawn_at_their_shares():
-    rows = [[row] for row in range(4000)]
-    choice = _Choice(rows, 1, 1, (), 2, seed=0)
-    logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(len(rows), 3).clone()
-    chosen = choice(torch.zeros(len(rows), 1, dtype=torch.int64), logits).argmax(1)
-    shares = torch.bincount(chosen, minlength=3) / len(rows)
-    assert shares[0] == 0
-    assert float(shares[1]) == pytest.approx(2 / 3, abs=4 * (2 / 9 / len(rows)) ** 0.5)
+    """In every row and at every step, each with numbers of its own."""
+    rows, steps = [[row] for row in range(50)], 80
+    choice = _Choice(rows, steps, 1, (), 2, seed=0)
+    logits = torch.tensor([0.1, 0.6, 0.3]).log().repeat(len(rows), 1)
+    before = [torch.zeros(len(rows), 1 + step, dtype=torch.int64) for step in range(steps)]
+    chosen = torch.stack([choice(ids, logits.clone()).argmax(1) for ids in before])  # [steps, rows]
+    assert set(chosen.flatten().tolist()) == {1, 2}
+    first = (chosen == 1).double()
+    assert float(first.mean()) == pytest.approx(2 / 3, abs=4 * (2 / 9 / first.numel()) ** 0.5)
+    for axis, count in ((0, steps), (1, len(rows))):
+        assert float(first.mean(axis).var()) == pytest.approx(2 / 9 / count, rel=0.6), "no more alike than by chance"
 
 
 def test_models_side_by_side_share_the_random_numbers(tiny_model):
@@ -185,6 +189,11 @@ def test_the_model_comes_back_as_it_was(tiny_model):
     with pytest.raises(UserError, match="NaN"):
         continuations(tiny_model, PROMPTS, NEW)
     check()
+
+
+def test_dropout_is_off(expected):
+    model = make_model(make_config(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
+    assert continuations(model, PROMPTS, NEW) == expected
 
 
 def test_positions_are_used_to_the_last_and_not_beyond(tiny_model):

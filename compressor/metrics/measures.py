@@ -12,7 +12,6 @@ from typing import Any
 import evaluate
 import numpy as np
 from datasets import Features, Value
-from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binomtest
 
 
@@ -81,6 +80,8 @@ class Rouge(_Offline):
     def _compute(
         self, predictions: Sequence[str], references: Sequence[str], resamples: int = 1000, seed: int = 0
     ) -> dict[str, dict[str, float]]:
+        from rouge_score.rouge_scorer import RougeScorer  # with nltk, which the other measures need not wait for
+
         scorer = RougeScorer(self.names, use_stemmer=True)
         scored = [scorer.score(target, prediction) for prediction, target in zip(predictions, references, strict=True)]
         f1 = np.array([[score[name].fmeasure for name in self.names] for score in scored])  # [documents, 3]

@@ -227,7 +227,7 @@ def _score(texts: list[str], rows: Examples, settings: dict[str, Any], examples:
             "F1",
             True,
             len(texts),
-            {"low": score["low"], "high": score["high"], "method": method},
+            {"low": score["low"], "high": score["high"], "method": method} if len(texts) > 1 else None,
             settings,
             examples if name == "rougeL" else None,
         )
