@@ -33,6 +33,8 @@ _COMPARED_UNDER = (
     "batch",
     "prompt_tokens",
     "new_tokens",
+    "prompt",
+    "sentences",
 )
 
 
