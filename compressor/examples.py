@@ -31,7 +31,7 @@ class Examples:
     split: str  # where it lies in the source
     fingerprint: str  # sha256 over texts and targets
     origins: tuple[tuple[str, int, int], ...]  # as of data.Text
-    classes: tuple[str, ...] = ()  # labelled: the name of each class, sorted
+    classes: tuple[str, ...] = ()  # labelled: the name of each class, in the order of the labels
 
     @property
     def documents(self) -> tuple[str, ...]:
@@ -72,15 +72,18 @@ class Labelled:
 def labelled(spec: str, *, text_column: str | None = None, split: str | None = None) -> Labelled:
     """Texts with a class each: of imdb, a file or a folder with the columns text and label.
 
-    test: the test split; selection: the validation split, else a tenth of the training rows; training: the rest. A
-    source of one split is cut 80/10/10. Training rows whose text stands in the test part too are left out. Raises
-    UserError for a source without such columns, and for parts that lack a class.
+    test: the test split; selection: the validation split, else a tenth of the training rows; training: the rest. Of a
+    source of one split a tenth is the test part, and of what is left likewise. A text that stands in two parts is left
+    out of training before selection, and of selection before test. Raises UserError for a source without such columns,
+    and for parts that lack a class.
     """
     source = parse(spec)
     stored = splits(source, "reviews")
     named = chosen_splits(source, stored, split)
     rows = {name: _labelled_rows(stored[name](), source, text_column) for name in named}
-    classes = sorted({label for part in rows.values() for _, label in part}, key=str)
+    classes = sorted(
+        {label for part in rows.values() for _, label in part}, key=lambda label: (str(type(label)), label)
+    )
     if len(classes) < 2:
         raise UserError(f"data {spec!r} has the class {classes[0]!r} only; allowed: two classes or more")
     main = "train" if "train" in rows else next(iter(rows))
@@ -96,17 +99,13 @@ def labelled(spec: str, *, text_column: str | None = None, split: str | None = N
         selection, where["selection"] = ordered["validation"], "validation"
     else:
         (selection, rest), where["selection"] = _cut(rest, _SELECTION), main
-    reported = {text for text, _ in test}
-    found = {
-        "training": [row for row in rest if row[0] not in reported],
-        "selection": [row for row in selection if row[0] not in reported],
-        "test": test,
-    }
+    selection = _without(selection, test)
+    found = {"training": _without(_without(rest, test), selection), "selection": selection, "test": test}
     for part, own in found.items():
         if {label for _, label in own} != set(range(len(classes))):
             raise UserError(f"the {part} part of {spec} has {len(own)} rows and not every class; give more rows")
     names = tuple(map(str, classes))
-    return Labelled(**{part: _examples(own, source, part, where[part], names) for part, own in found.items()})
+    return Labelled(**{part: _examples(own, source, part, [where[part]], names) for part, own in found.items()})
 
 
 def summaries(spec: str, *, text_column: str | None = None, split: str | None = None) -> Examples:
@@ -128,7 +127,7 @@ def summaries(spec: str, *, text_column: str | None = None, split: str | None = 
         ]
     if not pairs:
         raise UserError(f"data {spec!r} has no row with a document and its summary")
-    return _examples(sorted(pairs, key=lambda pair: _digest(*pair)), source, "test", "+".join(named))
+    return _examples(sorted(pairs, key=lambda pair: _digest(*pair)), source, "test", named)
 
 
 # ---------------------------------------------------------------- columns
@@ -145,7 +144,7 @@ def _labelled_rows(rows: Rows, source: Source, text_column: str | None) -> list[
     text = _column(table, source, (text_column,) if text_column else TEXT_COLUMNS, "text")
     label = _column(table, source, LABEL_COLUMNS, "label")
     found = [(one, two) for one, two in zip(table[text], table[label], strict=True) if two is not None and _text(one)]
-    if any(isinstance(value, float) or (isinstance(value, int) and value < 0) for _, value in found):
+    if not all(isinstance(value, str) or (isinstance(value, int) and value >= 0) for _, value in found):
         raise UserError(f"column {label!r} of data {source.name!r} holds no classes; allowed: words or numbers from 0")
     if not found:
         raise UserError(f"data {source.name!r} has no row with a text and a label")
@@ -196,18 +195,35 @@ def _mixed(rows: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def _cut(rows: list[tuple[str, int]], percent: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(so many percent of the rows, the rest); rows of one text stay together."""
+    """(so many percent of the rows, those of the rest that repeat none of their texts)."""
     place = len(rows) * percent // 100
-    first = {text for text, _ in rows[:place]}
-    return rows[:place], [row for row in rows[place:] if row[0] not in first]
+    return rows[:place], _without(rows[place:], rows[:place])
+
+
+def _without(rows: list[tuple[str, int]], others: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The rows whose text stands in none of the others."""
+    texts = {text for text, _ in others}
+    return [row for row in rows if row[0] not in texts]
 
 
 def _examples(
-    rows: Sequence[tuple[str, Any]], source: Source, part: str, split: str, classes: tuple[str, ...] = ()
+    rows: Sequence[tuple[str, Any]],
+    source: Source,
+    part: str,
+    named: Sequence[str],
+    classes: tuple[str, ...] = (),
 ) -> Examples:
     texts, targets = tuple(text for text, _ in rows), tuple(target for _, target in rows)
-    origins = tuple((origin(source, name), 0, 100) for name in split.split("+"))
-    return Examples(texts, targets, source.name, part, split, _fingerprint(texts, targets), origins, classes)
+    return Examples(
+        texts=texts,
+        targets=targets,
+        source=source.name,
+        part=part,
+        split="+".join(named),
+        fingerprint=_fingerprint(texts, targets),
+        origins=tuple((origin(source, name), 0, 100) for name in named),
+        classes=classes,
+    )
 
 
 def _fingerprint(texts: Sequence[str], targets: Sequence[Any]) -> str:
