@@ -18,11 +18,12 @@ from transformers import GPT2LMHeadModel
 from . import gpt2, lora
 from .data import TokenBlocks
 from .errors import UserError, unknown
-from .processes import LAUNCH, accelerator
+from .processes import LAUNCH, accelerator, processes
 from .rewrites import Rewrite
 from .training_loop import Evaluation, Loop, Step
-from .training_loss import Objective
-from .training_mode import attention_while_training, autocast_dtype, training
+from .training_loss import TokenObjective
+from .training_mode import attention_while_training, autocast_dtype, tokens_at_once, training
+from .training_rows import TokenRows
 from .training_schedule import mixed_seed
 from .training_state import StateFolder
 
@@ -126,8 +127,8 @@ def finetune(
         raise ValueError("checkpoint_every needs a state_folder")
     if not blocks.mask[:, 1:].any():
         raise UserError(f"the {blocks.part} part of {blocks.source} has no token to predict; give more text")
-    shared = accelerator()
-    device = gpt2.device(model) if shared.num_processes == 1 else shared.device
+    shared = processes()
+    device = gpt2.device(model) if shared.world == 1 else accelerator().device
     model.to(device)  # type: ignore[arg-type]
     width = blocks.ids.shape[1]
     low = autocast_dtype(autocast, device) if model.dtype == torch.float32 else None  # what products are computed in
@@ -153,19 +154,18 @@ def finetune(
     }
     _check_numbers({**settings, "checkpoint_every": checkpoint_every, "forward_tokens": forward_tokens})
     attention = attention_while_training(model, width, low)
-    at_once = forward_tokens or (2048 if device.type == "cpu" else 16384)
     with _trainable(model, mode, rewrites, settings) as parameters:
         loop = Loop(
-            objective=Objective(model, teacher, settings["mix"], rewrites if penalty else (), low),
+            objective=TokenObjective(model, teacher, settings["mix"], rewrites if penalty else (), low),
             parameters=parameters,
-            blocks=blocks,
-            evaluation=evaluation,
+            training=TokenRows(blocks),
+            selection=None if evaluation is None else TokenRows(evaluation),
             rewrites=rewrites,
             settings=settings,
-            accelerator=shared,
+            processes=shared,
             device=device,
             rows=max(1, batch_tokens // width),
-            forward_rows=max(1, at_once // width),
+            forward_tokens=forward_tokens or tokens_at_once(device),
             progress=progress,
         )
         with ExitStack() as switched:
@@ -191,7 +191,7 @@ def finetune(
         settings={
             **settings,
             "attention": attention,
-            "processes": shared.num_processes,
+            "processes": shared.world,
             "device": device.type,
             "threads": torch.get_num_threads(),
         },

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
 
@@ -46,6 +48,23 @@ class Processes:
         """Until every process is here."""
         if self.world > 1:
             accelerator().wait_for_everyone()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """What the others do after the main process has done it."""
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
+
+    def share_gradients(self, module: nn.Module) -> nn.Module:
+        """The module, wrapped so that a backward pass averages its gradients over the processes."""
+        return module if self.world == 1 else accelerator().prepare_model(module, device_placement=False)
+
+    def gradients_apart(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Backward passes of a wrapped module within add up in this process only, until the next one outside."""
+        return nullcontext() if self.world == 1 else accelerator().no_sync(module)
 
 
 ALONE = Processes()

@@ -14,25 +14,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import training_state
-from .data import TokenBlocks
 from .errors import UserError
-from .metrics.nll import BATCH_TOKENS, token_nll
+from .processes import Processes
 from .rewrites import Rewrite
 from .training_loss import Objective
+from .training_rows import Rows
 from .training_schedule import batch_rows, mixed_seed, rate_factor
 from .training_state import StateFolder, TrainingState
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loss curve. Losses are per predicted token, in nats."""
+    """One step of the loss curve. Losses are per prediction (a token; a classifier's are of texts), in nats."""
 
     step: int  # 1 is the first
-    nll: float  # next-token loss
+    nll: float
     divergence: float | None  # KL(teacher || model); None without a teacher
     penalty: float | None  # mean over the rewrites, before its weight; None where there is none
     gradient_norm: float  # before clipping
@@ -41,11 +40,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The exact NLL per token on the selection text after so many steps."""
+    """The exact NLL per prediction on the selection data after so many steps."""
 
     step: int
     nll: float
-    tokens: int
+    tokens: int  # predicted; texts where a classifier is trained
 
 
 class Loop:
@@ -56,19 +55,19 @@ class Loop:
         *,
         objective: Objective,
         parameters: dict[str, nn.Parameter],
-        blocks: TokenBlocks,
-        evaluation: TokenBlocks | None,
+        training: Rows,
+        selection: Rows | None,
         rewrites: Sequence[Rewrite],
         settings: dict[str, Any],
-        accelerator: Accelerator,
+        processes: Processes,
         device: torch.device,
         rows: int,
-        forward_rows: int,
+        forward_tokens: int,
         progress: Callable[[Step], None],
     ):
-        self.parameters, self.blocks, self.evaluation = parameters, blocks, evaluation
-        self.rewrites, self.settings, self.accelerator, self.device = rewrites, settings, accelerator, device
-        self.rows, self.forward_rows, self.progress = rows, forward_rows, progress
+        self.parameters, self.training, self.selection = parameters, training, selection
+        self.rewrites, self.settings, self.processes, self.device = rewrites, settings, processes, device
+        self.rows, self.forward_tokens, self.progress = rows, forward_tokens, progress
         self.model, self.objective = objective.model, objective
         self.annealed = any(type(rewrite).on_step is not Rewrite.on_step for rewrite in rewrites)
         self.wrapped: nn.Module = objective
@@ -104,16 +103,15 @@ class Loop:
         )
         stored = None
         if folder is not None and resume:
-            with self.accelerator.main_process_first():  # it tidies up what a kill left
+            with self.processes.main_first():  # it tidies up what a kill left
                 stored = training_state.load(folder, self.settings)
         if stored is not None:
             self._take(stored)
         else:
-            if folder is not None and self.accelerator.is_main_process:
+            if folder is not None and self.processes.main:
                 training_state.remove(folder)
             self._evaluate()
-        if self.accelerator.num_processes > 1:
-            self.wrapped = self.accelerator.prepare_model(self.objective, device_placement=False)
+        self.wrapped = self.processes.share_gradients(self.objective)
 
     def restore_best(self) -> None:
         """The best state into the model."""
@@ -142,32 +140,30 @@ class Loop:
             self.training_seconds += time.perf_counter() - started
             if evaluating:
                 self._evaluate()
-            if storing and self.accelerator.is_main_process:
+            if storing and self.processes.main:
                 assert folder is not None
                 training_state.save(folder, self._state())
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     def _train(self) -> None:
         """One step: this process's rows of the global batch, in as many forward passes as they need."""
-        settings, processes = self.settings, self.accelerator.num_processes
+        settings, processes = self.settings, self.processes
         for rewrite in self.rewrites:
             rewrite.on_step(self.model, self.step / max(1, settings["steps"] - 1))
-        batch = batch_rows(len(self.blocks.ids), self.rows, self.step, settings["seed"])
-        count = max(1, int(self.blocks.mask[batch, 1:].sum()))  # of all processes: known without asking them
-        own = batch[self.accelerator.process_index :: processes]
-        passes = [own[i : i + self.forward_rows] for i in range(0, len(own), self.forward_rows)] or [[]]
+        batch = batch_rows(len(self.training), self.rows, self.step, settings["seed"])
+        count = max(1, self.training.count(batch))  # of all processes: known without asking them
+        passes = self.training.passes(batch[processes.rank :: processes.world], self.forward_tokens) or [[]]
         sums = torch.zeros(2, device=self.device, dtype=self.model.dtype)
         term = None
         with self._random():
             for index, rows in enumerate(passes):
-                ids, mask = self.blocks.ids[rows or batch[:1]], self.blocks.mask[rows or batch[:1]]
-                if not rows:  # more processes than rows: take part, count nothing
-                    mask = torch.zeros_like(mask)
-                on_device = None if mask.all() else mask.to(self.device)
+                # more processes than rows: take part, count nothing
+                tensors = self.training.tensors(rows or batch[:1], counted=bool(rows))
+                inputs = [None if tensor is None else tensor.to(self.device) for tensor in tensors]
                 last = index == len(passes) - 1
-                with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                    loss, part, term = self.wrapped(ids.to(self.device), on_device, last)
-                    loss = loss * (processes / count)  # gradients are averaged over the processes
+                with nullcontext() if last else processes.gradients_apart(self.wrapped):
+                    loss, part, term = self.wrapped(*inputs, with_penalty=last)
+                    loss = loss * (processes.world / count)  # gradients are averaged over the processes
                     (loss if term is None else loss + settings["penalty"] * term).backward()
                 sums += part
         parameters = list(self.parameters.values())
@@ -189,7 +185,7 @@ class Loop:
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(mixed_seed(self.settings["seed"], 2, self.step, self.accelerator.process_index))
+            torch.manual_seed(mixed_seed(self.settings["seed"], 2, self.step, self.processes.rank))
             yield
 
     def _flush(self) -> None:
@@ -197,9 +193,7 @@ class Loop:
         if not self.pending:
             return
         rows = torch.stack([numbers for _, _, numbers in self.pending])
-        if self.accelerator.num_processes > 1:
-            rows[:, :2] = self.accelerator.reduce(rows[:, :2].contiguous(), "sum")
-        distilled = self.objective.others[0] is not None
+        rows[:, :2] = self.processes.all_sum(rows[:, :2].contiguous())
         for (step, count, _), (nll, divergence, norm, term) in zip(self.pending, rows.tolist(), strict=True):
             if not math.isfinite(nll + divergence + norm):
                 raise self._diverged(step, "loss or gradient")
@@ -207,7 +201,7 @@ class Loop:
             row = Step(
                 step=step,
                 nll=nll / count,
-                divergence=divergence / count if distilled else None,
+                divergence=divergence / count if self.objective.distilled else None,
                 penalty=None if math.isnan(term) else term,
                 gradient_norm=norm,
                 learning_rate=rate * rate_factor(step - 1, self.settings["steps"], self.settings["warm_up"]),
@@ -225,31 +219,27 @@ class Loop:
     # ------------------------------------------------------------ evaluation
 
     def _evaluate(self) -> None:
-        """The NLL on the selection text, and the best state so far."""
-        if self.evaluation is None:
+        """The NLL on the selection data, and the best state so far."""
+        if self.selection is None:
             self._keep()
             return
-        nll, tokens = self._selection_nll(self.evaluation)
+        nll, tokens = self._selection_nll(self.selection)
         if not math.isfinite(nll) and self.step == 0:
-            raise UserError("the model's loss on the selection text is not a finite number before any training")
+            raise UserError("the model's loss on the selection data is not a finite number before any training")
         if not math.isfinite(nll):
             raise self._diverged(self.step, "selection loss")
         if self.annealed or nll < min((earlier.nll for earlier in self.evaluations), default=math.inf):
             self._keep()
         self.evaluations.append(Evaluation(self.step, nll, tokens))
 
-    def _selection_nll(self, blocks: TokenBlocks) -> tuple[float, int]:
-        """Exact mean NLL per token and their number; each process takes its share of the rows."""
-        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        total = torch.zeros((), dtype=torch.float64)
-        size = max(1, BATCH_TOKENS // blocks.ids.shape[1])
-        for ids, mask in zip(blocks.ids[share].split(size), blocks.mask[share].split(size), strict=True):
-            if len(ids):  # more processes than rows
-                total += token_nll(self.model, ids.to(self.device), mask.to(self.device)).sum()
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total.to(self.device), "sum").cpu()
-        tokens = int(blocks.mask[:, 1:].sum())
-        return float(total) / max(1, tokens), tokens
+    def _selection_nll(self, rows: Rows) -> tuple[float, int]:
+        """Exact mean NLL per prediction and their number; each process takes its share of the rows."""
+        share = range(self.processes.rank, len(rows), self.processes.world)
+        total = torch.tensor(rows.nll(self.model, share), dtype=torch.float64)
+        if self.processes.world > 1:
+            total = self.processes.all_sum(total.to(self.device)).cpu()
+        count = rows.count(range(len(rows)))
+        return float(total) / max(1, count), count
 
     # ------------------------------------------------------------ the stored state
 

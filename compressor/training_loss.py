@@ -96,7 +96,18 @@ def token_losses(
 
 
 class Objective(nn.Module):
-    """The loss of some rows: a module, so that accelerate can wrap it."""
+    """The loss of some rows: a module, so that accelerate can wrap it.
+
+    forward(*tensors of training_rows, with_penalty) gives the objective summed over the predictions, [NLL, KL]
+    likewise, and the mean penalty (None where there is none, or it is not wanted).
+    """
+
+    model: Any  # a language model, or a classifier
+    distilled: bool = False
+
+
+class TokenObjective(Objective):
+    """Of next tokens."""
 
     def __init__(
         self,
@@ -108,13 +119,11 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.model, self.mix, self.penalised, self.low = model, mix, penalised, low
-        self.others = (teacher,)  # in a tuple: not a part of this module
+        self.others, self.distilled = (teacher,), teacher is not None  # in a tuple: not a part of this module
 
     def forward(self, ids: Tensor, mask: Tensor | None, with_penalty: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Objective summed over the predicted tokens, [NLL, KL] likewise, the mean penalty.
-
-        ids: int64[rows, context]; mask: bool[rows, context], None when there is no pad. The last position predicts
-        nothing, yet it is computed: an even width is faster than one token less.
+        """As of Objective. ids: int64[rows, context]; mask: bool[rows, context], None when there is no pad. The last
+        position predicts nothing, yet it is computed: an even width is faster than one token less.
         """
         hidden, head = self._states(self.model, ids, mask)
         targets = ids[:, 1:]

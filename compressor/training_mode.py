@@ -38,6 +38,11 @@ def _has_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def tokens_at_once(device: torch.device) -> int:
+    """How many tokens a forward pass takes while training: what keeps the device busy, and no more memory."""
+    return 2048 if device.type == "cpu" else 16384
+
+
 def attention_while_training(model: PreTrainedModel, context: int, autocast: torch.dtype | None) -> str:
     """Which attention implementation trains fastest here."""
     if gpt2.device(model).type == "cpu" and autocast is not None and context <= _EAGER_CONTEXT:

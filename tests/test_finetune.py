@@ -18,7 +18,7 @@ from toy import toy_alignment, toy_blocks, toy_gpt2
 from transformers import GPT2LMHeadModel
 
 import compressor
-from compressor import artifacts, lora, training_loop, training_state
+from compressor import artifacts, lora, training_loop, training_loss, training_state
 from compressor.data import TokenBlocks
 from compressor.errors import UserError
 from compressor.finetune import control_train, finetune, resolve_train
@@ -245,13 +245,13 @@ def test_which_mode(original, rewritten, rewrites):
 
 def test_the_control_sees_the_same_batches(original, rewritten, rewrites, blocks, monkeypatch):
     seen: list[list[torch.Tensor]] = []
-    forward = training_loop.Objective.forward
+    forward = training_loss.TokenObjective.forward
 
     def watched(self, ids, mask, with_penalty):
         seen[-1].append(ids)
         return forward(self, ids, mask, with_penalty)
 
-    monkeypatch.setattr(training_loop.Objective, "forward", watched)
+    monkeypatch.setattr(training_loss.TokenObjective, "forward", watched)
     for model, some in ((rewritten, rewrites), (original, [])):
         seen.append([])
         finetune(model, blocks, None, rewrites=some, **SETTINGS)
