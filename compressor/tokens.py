@@ -1,10 +1,10 @@
-"""Token blocks: the text of a part as rows of token ids, one context wide."""
+"""Token blocks: the text of a part as rows of token ids, one context wide; and texts by themselves."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -148,3 +148,31 @@ def _draw(
             return stream
         count *= 2
     return _encode(pieces, tokenizer)
+
+
+# ---------------------------------------------------------------- texts of their own
+
+
+def first_tokens(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, context: int, vocabulary: int
+) -> list[Tensor]:
+    """The first `context` tokens of each text, int64[tokens], as `text_ids` gives them."""
+    return [torch.tensor(text_ids(tokenizer, vocabulary, text)[:context], dtype=torch.int64) for text in texts]
+
+
+def like_lengths(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Sequences by their index, the longest first, in batches of at most `tokens` with their pads, at least one each:
+    few pads, and what asks for most memory comes first."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        stop = start + max(1, tokens // max(1, lengths[order[start]]))
+        yield order[start:stop]
+        start = stop
+
+
+def padded(sequences: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """ids int64[rows, longest] with `pad` at the end of the shorter ones, mask bool[rows, longest], False = pad."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]

@@ -22,7 +22,7 @@ STOREYS = [
     {"session", "facts", "run_folder", "recipe"},  # what the steps share
     {"verify", "benchmark", "suite", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
-     "training_rows", "training_schedule", "training_state"},  # stages
+     "training_rows", "training_schedule", "training_state", "classification"},  # stages
     {"models", "checkpoint", "gpt2", "artifacts", "data", "examples", "sources", "tokens", "fields", "windows",
      "errors", "processes", "demo", "modeling"},  # ground
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from compressor import tokens
 from compressor.data import Text, text
 from compressor.errors import UserError
-from compressor.tokens import TokenBlocks, token_blocks
+from compressor.tokens import TokenBlocks, first_tokens, like_lengths, padded, token_blocks
 
 REAL = os.environ.get("GPT2_COMPRESS_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="GPT2_COMPRESS_TEST_DATA is not set")
@@ -331,3 +331,35 @@ def test_real_text_in_pieces(monkeypatch):
         monkeypatch.setattr(tokens, "_PIECE", 100)
         blocks = token_blocks(a_text(joined), tokenizer, context=512, max_tokens=None, seed=0, evenly=False)
         assert counted(blocks) == whole(joined, tokenizer)
+
+
+# ---------------------------------------------------------------- texts of their own
+
+
+def test_the_first_tokens_of_a_text_are_those_of_the_whole(byte_level):
+    texts = ["A short one", messy(3, 400), messy(4, 90)]
+    whole_ids = [byte_level.encode(text, add_special_tokens=False) for text in texts]
+    before = byte_level.backend_tokenizer.to_str()
+    found = first_tokens(texts, byte_level, context=50, vocabulary=len(byte_level))
+    assert [ids.tolist() for ids in found] == [ids[:50] for ids in whole_ids]
+    assert byte_level.backend_tokenizer.to_str() == before, "it would truncate from now on"
+    with pytest.raises(UserError, match="they do not belong together"):
+        first_tokens(texts, byte_level, context=50, vocabulary=3)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20, 1000])
+def test_batches_of_like_length(tokens):
+    lengths = np.random.default_rng(0).integers(1, 15, 40).tolist()
+    batches = list(like_lengths(lengths, tokens))
+    assert sorted(index for batch in batches for index in batch) == list(range(40))
+    seen = [lengths[index] for batch in batches for index in batch]
+    assert seen == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch[0]] <= tokens
+    assert list(like_lengths([], tokens)) == []
+
+
+def test_padded_at_the_end():
+    ids, mask = padded([torch.tensor([5, 6, 9]), torch.tensor([9])], pad=9)
+    assert ids.tolist() == [[5, 6, 9], [9, 9, 9]] and ids.dtype == torch.int64
+    assert mask.tolist() == [[True] * 3, [True, False, False]]

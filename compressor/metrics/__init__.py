@@ -1,10 +1,13 @@
 """How models are measured: one file a metric, one definition of each measure."""
 
-from . import generation, latency, perplexity, rouge, size
+from . import generation, imdb, latency, perplexity, rouge, size
 from .base import Metric, MetricResult, Progress
 
 METRICS: dict[str, Metric] = {
     "generation": Metric(generation.measure, generation.SETTINGS),
+    "imdb": Metric(
+        imdb.measure, imdb.SETTINGS, data="labelled", standard="imdb", references=imdb.references, saves=True
+    ),
     "latency": Metric(latency.measure, latency.SETTINGS, together=True),
     "perplexity": Metric(perplexity.measure, perplexity.SETTINGS, data="text"),
     "rouge": Metric(

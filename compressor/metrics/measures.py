@@ -45,8 +45,14 @@ class Perplexity(_Offline):
         return {"perplexity": math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan}
 
 
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share (Wilson, 1927: right also near 0 and 1)."""
+    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 class Accuracy(_Offline):
-    """The share of predictions that are right, with a 95 % confidence interval (Wilson, 1927: right also near 0 and 1).
+    """The share of predictions that are right, with its `wilson` interval.
 
     compute(predictions, references): class indices. Gives {"accuracy", "low", "high", "count"}.
     """
@@ -55,13 +61,8 @@ class Accuracy(_Offline):
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         right = int(np.sum(np.asarray(predictions) == np.asarray(references)))
-        interval = binomtest(right, len(predictions)).proportion_ci(0.95, method="wilson")
-        return {
-            "accuracy": right / len(predictions),
-            "low": float(interval.low),
-            "high": float(interval.high),
-            "count": len(predictions),
-        }
+        low, high = wilson(right, len(predictions))
+        return {"accuracy": right / len(predictions), "low": low, "high": high, "count": len(predictions)}
 
 
 class Rouge(_Offline):
