@@ -222,7 +222,7 @@ def train(
             "clip": _CLIP,
             "dropout": True,
             "seed": seed,
-            "evaluate_every": math.ceil(steps / 4),
+            "evaluate_every": math.ceil(steps / 3),
         },
         processes=ALONE,  # a benchmark runs in one process, whatever started it
         device=device,

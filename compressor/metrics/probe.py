@@ -45,7 +45,7 @@ def features(
             ids, mask = (tensor.to(device) for tensor in padded([sequences[index] for index in batch]))
             output = gpt2.trunk(model)(input_ids=ids, attention_mask=mask.long(), use_cache=False)
             hidden, lengths = output.last_hidden_state.float(), mask.sum(1)
-            found[batch, LAST] = hidden[torch.arange(len(batch)), lengths - 1].cpu()
+            found[batch, LAST] = hidden[torch.arange(len(batch), device=device), lengths - 1].cpu()
             found[batch, MEAN] = (hidden.masked_fill(~mask[..., None], 0).sum(1) / lengths[:, None]).cpu()
             done += len(batch)
             if progress is not None:
