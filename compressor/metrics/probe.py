@@ -79,17 +79,24 @@ def fit_words(
     """A logistic regression on the tf-idf of words and pairs of words; chosen: C."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    return _chosen(
-        [("words", TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True))],
-        {"regression__C": _WORD_STRENGTHS},
-        [*training, *selection],
-        classes,
-        others,
-    )
+    with tempfile.TemporaryDirectory() as memory:  # one count of the words for every C
+        return _chosen(
+            [("words", TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True))],
+            {"regression__C": _WORD_STRENGTHS},
+            [*training, *selection],
+            classes,
+            others,
+            memory=memory,
+        )
 
 
 def _chosen(
-    steps: list[tuple[str, Any]], grid: dict[str, Any], texts: Any, training: Sequence[int], selection: Sequence[int]
+    steps: list[tuple[str, Any]],
+    grid: dict[str, Any],
+    texts: Any,
+    training: Sequence[int],
+    selection: Sequence[int],
+    memory: str | None = None,
 ) -> GridSearchCV:
     """The candidate of least loss on the selection rows of those fitted on the training rows (equal ones: the first of
     the grid), then fitted on both. texts: training rows, then selection rows; every class stands in both."""
@@ -99,7 +106,7 @@ def _chosen(
     from sklearn.pipeline import Pipeline
 
     split = PredefinedSplit([-1] * len(training) + [0] * len(selection))
-    with tempfile.TemporaryDirectory() as memory, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # where C is large; the selection part judges that too
         model = Pipeline([*steps, ("regression", LogisticRegression(max_iter=1000))], memory=memory)
         search = GridSearchCV(model, grid, scoring="neg_log_loss", cv=split, error_score="raise")
