@@ -44,6 +44,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             for window in item.windows(config)
         ],
         "searched": [getattr(item, "start", None) == "best" for item in recipe.rewrites],
+        "calibrated": [item.undecided and getattr(item, "start", None) != "best" for item in recipe.rewrites],
         "layers": result.n_layer,
         "layers_before": config.n_layer,
         "layers_kept": sorted(layer_map(resolved, config)),
@@ -63,19 +64,22 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def placed_somewhere(rewrites: Sequence[Rewrite], config: GPT2Config) -> list[Rewrite]:
-    """The rewrites with every choice made; what a search is to place stands in the middle, or where there is room."""
-    fixed = [item for item in rewrites if getattr(item, "start", None) != "best"]
+    """The rewrites with every choice made; what text is to place stands in the middle, or where there is room."""
+    fixed = [item.resolved(config) for item in rewrites if not item.undecided]
+    taken = frozenset[str]().union(*(item.sites(config) for item in fixed))
     placed = []
     for item in rewrites:
         if getattr(item, "start", None) == "best":
             item = _where_there_is_room(item, fixed, config)
-        placed.append(item.resolved(config))
+        item = item.resolved(config).supposed(config, taken)
+        taken |= item.sites(config)
+        placed.append(item)
     check(placed, config)
     return placed
 
 
 def _where_there_is_room(item: Rewrite, fixed: Sequence[Rewrite], config: GPT2Config) -> Rewrite:
-    windows = allowed_windows(item, config, [other.resolved(config) for other in fixed])
+    windows = allowed_windows(item, config, fixed)
     middle = middle_start(config.n_layer, windows[0].n)
     return place(item, min(windows, key=lambda window: abs(window.start - middle)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -59,3 +60,16 @@ def typed(owner: str, key: str, value: Any, kind: Any) -> Any:
         )
     ]
     raise UserError(f"{owner}: {key} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+_COUNT = re.compile(r"(\d[\d,_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([kKmMbBgG]?)")
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def parameter_count(key: str, given: int | float | str) -> int:
+    """A number of parameters from 100000000, "100M", "1.2e8" or "100,000,000". Raises UserError for anything else."""
+    match = _COUNT.fullmatch(str(given).strip())
+    count = float(match[1].replace(",", "").replace("_", "")) * _FACTORS[match[2].lower()] if match else 0
+    if not 1 <= count < 1e15:
+        raise UserError(f"{key}={given!r} is no number of parameters; allowed: such as 100M or 1.2e8")
+    return round(count)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from . import gpt2, lora
@@ -22,7 +22,7 @@ from .processes import LAUNCH, accelerator, processes
 from .rewrites import Rewrite
 from .training_loop import Evaluation, Loop, Step
 from .training_loss import TokenObjective
-from .training_mode import attention_while_training, autocast_dtype, tokens_at_once, training
+from .training_mode import attention_while_training, autocast_dtype, tokens_at_once, training, zeros_held
 from .training_rows import TokenRows
 from .training_schedule import mixed_seed
 from .training_state import StateFolder
@@ -154,7 +154,8 @@ def finetune(
     }
     _check_numbers({**settings, "checkpoint_every": checkpoint_every, "forward_tokens": forward_tokens})
     attention = attention_while_training(model, width, low)
-    with _trainable(model, mode, rewrites, settings) as parameters:
+    zeros = [item for rewrite in rewrites for item in rewrite.zeros(model)]
+    with _trainable(model, mode, rewrites, settings, zeros) as parameters:
         loop = Loop(
             objective=TokenObjective(model, teacher, settings["mix"], rewrites if penalty else (), low),
             parameters=parameters,
@@ -170,6 +171,7 @@ def finetune(
         )
         with ExitStack() as switched:
             switched.enter_context(training(model, list(parameters.values()), attention=attention, dropout=dropout))
+            switched.enter_context(zeros_held(zeros))
             if teacher is not None:
                 teacher.to(device)  # type: ignore[arg-type]
                 own = teacher.config._attn_implementation
@@ -243,12 +245,17 @@ def _memory_of(model: GPT2LMHeadModel) -> set[int]:
 
 @contextmanager
 def _trainable(
-    model: GPT2LMHeadModel, mode: str, rewrites: Sequence[Rewrite], settings: dict[str, Any]
+    model: GPT2LMHeadModel,
+    mode: str,
+    rewrites: Sequence[Rewrite],
+    settings: dict[str, Any],
+    zeros: Sequence[tuple[nn.Parameter, Tensor]],
 ) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters to train by name; adapters are merged at a good end and dropped at a bad one."""
     if mode == "lora":
         generator = torch.Generator().manual_seed(mixed_seed(settings["seed"], 1))
-        wanted = lora.attach(model, rank=settings["rank"], alpha=settings["alpha"], generator=generator)
+        rank, alpha = settings["rank"], settings["alpha"]
+        wanted = lora.attach(model, rank=rank, alpha=alpha, generator=generator, zeros=zeros)
     elif mode == "deltas":
         wanted = [parameter for rewrite in rewrites for parameter in rewrite.trainable(model)]
     else:

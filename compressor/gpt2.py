@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.masking_utils import create_causal_mask
+from transformers.pytorch_utils import Conv1D
 
 FFN_LINEARS = ("c_fc", "c_proj")
 
@@ -32,6 +33,11 @@ def trunk(model: PreTrainedModel) -> Any:
 def blocks(model: PreTrainedModel) -> Any:
     """The blocks, an nn.ModuleList."""
     return trunk(model).h
+
+
+def linears(model: PreTrainedModel) -> list[Conv1D]:
+    """The linears within the blocks, attention's and the FFN's, in order; shared ones stand in the bank instead."""
+    return [module for module in blocks(model).modules() if isinstance(module, Conv1D)]
 
 
 def ffn(model: PreTrainedModel, layer: int) -> Any:

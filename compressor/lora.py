@@ -2,10 +2,13 @@
 
 Source: LoRA, arXiv 2106.09685. For models without deltas of their own, and for the control. A shared FFN stands once in
 the bank and gets one adapter; embeddings and the tied head never get one. Adapters exist while a model trains and are
-merged before anybody sees it, so a plain GPT-2 stays one.
+merged before anybody sees it, so a plain GPT-2 stays one. Where weights must stay 0 the adapter's product is 0 too, in
+training as in the merge (MaskLoRA of PERP, arXiv 2312.15230).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +24,24 @@ ALPHA = 16.0
 
 class LowRankAdapter(nn.Module):
     """A linear and what is added to its output: scale (x A) B, with A [in, rank], B [rank, out]. It begins as nothing
-    (B = 0) that trains at once (A is not 0)."""
+    (B = 0) that trains at once (A is not 0).
 
-    def __init__(self, linear: Conv1D | nn.Linear, rank: int, alpha: float, generator: torch.Generator | None):
+    zero: of a plain GPT-2 linear, bool[in, out], the entries of its weight that stay 0. The product A B is formed in
+    every pass then, so that a step costs about what training the weight itself does.
+    """
+
+    def __init__(
+        self,
+        linear: Conv1D | nn.Linear,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator | None,
+        zero: Tensor | None = None,
+    ):
         super().__init__()
         self.linear = linear
         self.scale = alpha / rank
+        self.zero = zero
         weight = linear.weight
         width_in, width_out = weight.shape if isinstance(linear, Conv1D) else weight.T.shape
         # the spread of LoRA's own start; drawn on the CPU, so that every device begins alike
@@ -44,6 +59,10 @@ class LowRankAdapter(nn.Module):
         return self.linear.bias
 
     def forward(self, x: Tensor, *arguments: Tensor | None) -> Tensor:  # float[..., in] -> float[..., out]
+        if self.zero is not None:
+            change = (self.scale * (self.low_rank_a @ self.low_rank_b)).masked_fill(self.zero, 0)
+            flat = torch.addmm(self.linear.bias, x.reshape(-1, x.size(-1)), self.linear.weight + change)
+            return flat.view(*x.shape[:-1], flat.size(-1))
         y = self.linear(x, *arguments)
         narrow = x.reshape(-1, x.size(-1)) @ self.low_rank_a
         return torch.addmm(y.view(-1, y.size(-1)), narrow, self.low_rank_b, alpha=self.scale).view_as(y)
@@ -54,17 +73,25 @@ class LowRankAdapter(nn.Module):
         if not self.low_rank_b.any():
             return
         change = self.scale * (self.low_rank_a.cpu().double() @ self.low_rank_b.cpu().double())
+        if self.zero is not None:
+            change.masked_fill_(self.zero.cpu(), 0)
         weight = self.linear.weight
         weight.copy_(weight.cpu().double() + (change if isinstance(self.linear, Conv1D) else change.T))
 
 
 def attach(
-    model: PreTrainedModel, *, rank: int = RANK, alpha: float = ALPHA, generator: torch.Generator | None = None
+    model: PreTrainedModel,
+    *,
+    rank: int = RANK,
+    alpha: float = ALPHA,
+    generator: torch.Generator | None = None,
+    zeros: Sequence[tuple[nn.Parameter, Tensor]] = (),
 ) -> list[nn.Parameter]:
     """Put an adapter around every linear of the blocks and of the bank; returns the adapters' parameters.
 
-    The model computes what it did before. Nothing else is frozen: that is the trainer's business. Raises UserError for
-    a rank below 1, a model that has adapters already, and linears that share one weight (it would be merged twice).
+    zeros: weights of plain linears, each with a mask, bool[in, out], of what stays 0 in it. The model computes what it
+    did before. Nothing else is frozen: that is the trainer's business. Raises UserError for a rank below 1, a model
+    that has adapters already, and linears that share one weight (it would be merged twice).
     """
     if rank < 1:
         raise UserError(f"lora rank is {rank}; allowed: 1 or more")
@@ -79,8 +106,9 @@ def attach(
     ]
     if len({child.weight.data_ptr() for _, _, child in places}) < len(places):
         raise UserError("two linears of this model share one weight: an adapter on each would be merged twice")
+    masks = {id(weight): mask for weight, mask in zeros}
     for parent, name, child in places:
-        setattr(parent, name, LowRankAdapter(child, rank, alpha, generator))
+        setattr(parent, name, LowRankAdapter(child, rank, alpha, generator, masks.get(id(child.weight))))
     return [parameter for adapter in adapters(model) for parameter in (adapter.low_rank_a, adapter.low_rank_b)]
 
 

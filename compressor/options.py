@@ -269,7 +269,9 @@ def _rewrite(command: Command) -> None:
         keys=True,
     )
     rewrite.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `align` made")
-    rewrite.add_argument("--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n")
+    rewrite.add_argument(
+        "--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n, dropped_n, pruned"
+    )
     rewrite.add_argument(
         "--start", type=int, metavar="S", help="first layer of the window (default: the search's, else the middle)"
     )

@@ -225,7 +225,7 @@ def _rewrite(folder: Path, recipe: Recipe, session: Session) -> None:
     wanted = [record for item in chosen for record in _records(folder, item, aligned)]
     then = run_folder.made(models.find(str(made)))
     same = {
-        "rewrites": then is not None and then["rewrites"] == wanted,
+        "rewrites": then is not None and then.get("asked", then["rewrites"]) == wanted,
         "alignment": then is not None and then["alignment"]["tensors"] == aligned.tensors,
         "seed": then is not None and then["provenance"]["seed"] == recipe.seed,
         "dtype": then is not None and then["provenance"]["dtype"] == _dtype(session),

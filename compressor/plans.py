@@ -7,7 +7,6 @@ that save enough for the least of it; the best few are then rewritten and measur
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from . import models
 from .alignment import Alignments
 from .data import TokenBlocks
 from .errors import UserError
+from .fields import parameter_count
 from .metrics.size import parameters
 from .rewrites import Rewrite
 from .rewrites.compose import structure
@@ -81,7 +81,7 @@ def search_plan(
     `search.search_windows`; `known` and what `keep` is given hold single windows and plans. Raises UserError for a
     target that no plan reaches.
     """
-    target, base, known = parameter_count(target_parameters), original.config, tuple(known)
+    target, base, known = parameter_count("target_parameters", target_parameters), original.config, tuple(known)
 
     def size(plan: Plan) -> int:
         made = [*others, *(placed(rewrite, window) for window in plan)]
@@ -137,19 +137,6 @@ def search_plan(
         lambda result: keep(SearchResult((*singles.candidates, *result.candidates), result.block_tokens)),
     )
     return PlanResult(singles, tuple(estimates), verified)
-
-
-_COUNT = re.compile(r"(\d[\d,_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([kKmMbBgG]?)")
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
-
-
-def parameter_count(given: int | float | str) -> int:
-    """A number of parameters from 100000000, "100M", "1.2e8" or "100,000,000". Raises UserError for anything else."""
-    match = _COUNT.fullmatch(str(given).strip())
-    count = float(match[1].replace(",", "").replace("_", "")) * _FACTORS[match[2].lower()] if match else 0
-    if not 1 <= count < 1e15:
-        raise UserError(f"target_parameters={given!r} is no number of parameters; allowed: such as 100M or 1.2e8")
-    return round(count)
 
 
 # ---------------------------------------------------------------- which windows

@@ -14,7 +14,7 @@ import yaml
 
 from . import benchmark, data, fields
 from .errors import UserError, unknown
-from .plans import parameter_count
+from .fields import parameter_count
 from .rewrites import REWRITES, Rewrite, from_record
 from .rewrites.base import WindowRewrite
 
@@ -48,7 +48,7 @@ class Search:
         if self.count != 1 and self.strategy != "random":
             raise UserError(f"search: count={self.count} is for strategy=random; strategy is {self.strategy}")
         if self.target_parameters is not None:
-            parameter_count(self.target_parameters)
+            parameter_count("target_parameters", self.target_parameters)
             if self.strategy != "all":
                 raise UserError(f"search: strategy={self.strategy} is for single windows; leave target_parameters out")
         if self.sizes is not None:
@@ -266,6 +266,12 @@ def from_plain(record: Mapping[str, Any]) -> Recipe:
         raise UserError(
             f"rewrites.{searched[0]} and rewrites.{searched[1]} both have start=best; one can be searched for, "
             "give the others a layer"
+        )
+    waiting = [index for index, item in enumerate(chosen) if item.undecided and index not in searched]
+    if searched and waiting:
+        raise UserError(
+            f"rewrites.{waiting[0]}: {chosen[waiting[0]].name} chooses its layers on calibration text, which is after "
+            f"the search for rewrites.{searched[0]}; give its layers"
         )
     return Recipe(
         model=fields.typed("recipe", "model", record.get("model", "demo"), str),

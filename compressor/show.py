@@ -31,6 +31,7 @@ def plan(body: dict[str, Any]) -> str:
                 if any(body["searched"])
                 else []
             ),
+            *(["note             calibration text will choose which layers go"] if any(body["calibrated"]) else []),
         ]
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import gpt2
@@ -48,6 +48,22 @@ def attention_while_training(model: PreTrainedModel, context: int, autocast: tor
     if gpt2.device(model).type == "cpu" and autocast is not None and context <= _EAGER_CONTEXT:
         return "eager"
     return model.config._attn_implementation
+
+
+@contextmanager
+def zeros_held(zeros: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """The masked entries of each parameter, which are 0, get no gradient: neither AdamW nor its decay moves them then.
+    Parameters that get none at all are left alone."""
+    hooks = [
+        parameter.register_hook(lambda gradient, mask=mask: gradient.masked_fill(mask, 0))
+        for parameter, mask in zeros
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -56,6 +56,22 @@ def test_two_depth_changes(original):
         assert torch.equal(gpt2.ffn_weights(model, new)[0], gpt2.ffn_weights(original, old)[0])
 
 
+def test_layers_that_lie_on_both_sides_of_another_rewrite(original):
+    """They are removed all at once: each rewrite counts the original's layers, whatever the others remove."""
+    records = [
+        {"rewrite": "compressed_n", "n": 2, "start": 3, "collapse": "keep"},
+        {"rewrite": "dropped_n", "layers": [0, 5]},
+        {**SOFT_HIGH, "delta_init": "svd"},
+    ]
+    rewrites = _all(original, *records)
+    model = apply(rewrites, original, toy_alignment(original))
+    assert layer_map(rewrites, original.config) == {1: 0, 2: 1, 3: 2, 6: 3, 7: 4} and model.config.n_layer == 5
+    assert [group["layers"] for group in model.config.ffn_groups] == [[3, 4]]
+    for old, new in layer_map(rewrites, original.config).items():
+        for name, tensor in gpt2.block_tensors(original, old).items():
+            assert old >= 6 or torch.equal(gpt2.block_tensors(model, new)[name], tensor), name
+
+
 def test_each_penalty_and_training_list_is_its_own(original):
     rewrites = _all(original, SOFT_LOW, SOFT_HIGH, DEEP)
     model = apply(rewrites, original, toy_alignment(original), calibration=toy_blocks(original.config))
@@ -143,9 +159,12 @@ def test_calibration_text_is_asked_for_only_where_it_is_needed(original):
         {"rewrite": "merged_n"},
         {"rewrite": "soft_shared", "delta_init": "svd"},
         {**DEEP, "collapse": "sum"},
+        {"rewrite": "dropped_n", "layers": [3]},
+        {"rewrite": "pruned", "sparsity": 0.5},
     ):
         apply(_all(original, record), original, toy_alignment(original))
-    for record in (SOFT_LOW, DEEP, {"rewrite": "merged_n", "average": "activation-weighted"}):
+    activation_weighted = {"rewrite": "merged_n", "average": "activation-weighted"}
+    for record in (SOFT_LOW, DEEP, activation_weighted, {"rewrite": "dropped_n"}):
         with pytest.raises(UserError, match="fitted on calibration text"):
             apply(_all(original, record), original, toy_alignment(original))
 

@@ -21,6 +21,8 @@ CASES = [
     ("merged_4", ["n=3", "tie=false", "search=null"]),
     ("compressed_4", ["n=4", "search=null"]),
     ("compressed_4", ["n=2", "start=4", "collapse=mean"]),
+    ("compressed_4", ["rewrites=[{rewrite: dropped_n, layers: [4, 1]}]"]),
+    ("compressed_4", ["rewrites=[{rewrite: pruned, parameters: 60k}]"]),
 ]
 
 
@@ -63,6 +65,17 @@ def test_a_window_that_is_to_be_searched_for_stands_in_the_middle_or_where_there
     assert body["searched"] == [False, True]
     layers = [window["layers"] for window in body["windows"]]
     assert layers[0] == [2, 3] and layers[1] in ([0, 1], [4, 5])
+
+
+def test_layers_that_calibration_text_is_to_choose(tiny_folder):
+    """The plan is made without the text, and without taking layers that another rewrite takes."""
+    records = "rewrites=[{rewrite: dropped_n, n: 3}, {rewrite: soft_shared, n: 2, start: 2}]"
+    body = plan(load("soft_shared", [f"model={tiny_folder}", records]))
+    assert body["layers"] == 4 and body["calibrated"] == [True, False]
+    assert body["rewrites"][0]["layers"] == [1, 4] and set(body["layers_kept"]) == {0, 2, 3, 5}
+    assert "calibration text will choose which layers go" in show.plan(body)
+    body = plan(load("compressed_4", [f"model={tiny_folder}", "rewrites=[{rewrite: dropped_n, layers: [0]}]"]))
+    assert body["calibrated"] == [False] and "calibration text" not in show.plan(body)
 
 
 def test_a_shared_model_is_smaller_and_a_plain_average_is_not(tiny_folder):

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from compressor.errors import UserError, suggestion, unknown
-from compressor.fields import from_record, typed
+from compressor.fields import from_record, parameter_count, typed
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,25 @@ def test_suggestions_are_near_words_only():
     assert suggestion("rnak", ["rank", "n"]) == " (did you mean 'rank'?)"
     assert suggestion("quantise", ["rank", "n"]) == ""
     assert str(unknown("thing", "b", ["c", "a"])) == "unknown thing 'b'; allowed: a, c"
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ("100M", 100_000_000),
+        ("1.2e8", 120_000_000),
+        (1.2e8, 120_000_000),
+        (81_912_576, 81_912_576),
+        ("81,912,576", 81_912_576),
+        ("0.1b", 100_000_000),
+        ("350 k", 350_000),
+    ],
+)
+def test_numbers_of_parameters(given, count):
+    assert parameter_count("size", given) == count
+
+
+@pytest.mark.parametrize("given", ["many", "", "-3M", "0", "1e400", "100MB", None, "1.2.3M"])
+def test_what_is_no_number_of_parameters(given):
+    with pytest.raises(UserError, match=r"^size=.* is no number of parameters; allowed: such as 100M or 1\.2e8"):
+        parameter_count("size", given)

@@ -101,6 +101,31 @@ def test_the_merged_weight_is_w_plus_scale_a_b():
     assert all(torch.equal(after[key], before[key]) for key in untouched)
 
 
+def test_what_must_stay_0_is_0_in_training_as_in_the_merge():
+    model = plain()
+    weight = model.transformer.h[1].mlp.c_fc.weight
+    zero = weight.detach().abs() < 0.08
+    with torch.no_grad():
+        weight.masked_fill_(zero, 0)
+    before, plain_logits = weight.detach().clone(), logits(model)
+    parameters = lora.attach(model, rank=3, alpha=5.0, zeros=[(weight, zero)])
+    torch.testing.assert_close(logits(model), plain_logits, rtol=0, atol=1e-5)
+    wake(parameters)
+    adapter = model.transformer.h[1].mlp.c_fc
+    change = 5 / 3 * (adapter.low_rank_a @ adapter.low_rank_b).detach()
+    adapted = logits(model)
+    model(toy_blocks(model.config, rows=2).ids).logits.square().mean().backward()
+    gradient = adapter.low_rank_b.grad
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(adapter(x[None])[0], x @ (before + change.masked_fill(zero, 0)) + adapter.bias)
+    lora.merge(model)
+    merged = model.transformer.h[1].mlp.c_fc.weight
+    assert torch.equal(merged == 0, zero)
+    torch.testing.assert_close(merged.detach(), before + change.masked_fill(zero, 0))
+    assert (logits(model) - adapted).abs().max() < 1e-5 * adapted.abs().max()
+    assert gradient.abs().max() > 0
+
+
 def test_every_linear_of_the_blocks_and_each_shared_one_once():
     def adapted(model):
         lora.attach(model)

@@ -206,6 +206,10 @@ def test_what_a_recipe_cannot_be_is_said_in_one_line(override, said):
             "rewrites: [{rewrite: soft_shared, start: best}, {rewrite: compressed_n, start: best}]",
             "rewrites.0 and rewrites.1 both have start=best",
         ),
+        (
+            "rewrites: [{rewrite: dropped_n}, {rewrite: soft_shared, start: best}]",
+            "rewrites.0: dropped_n chooses its layers on calibration text, which is after the search for rewrites.1",
+        ),
         ("rewrites: [{rewrite: soft_shared}]\nsearch: {strategy: some}", "search: strategy is 'some'"),
         ("rewrites: [{rewrite: soft_shared}]\nsearch: {sizes: [2]}", "sizes are for target_parameters"),
         ("rewrites: [{rewrite: soft_shared}]\nfinetune: {stepz: 2}", "did you mean 'steps'?"),
@@ -240,5 +244,6 @@ def test_where_a_window_is_searched_for(write):
     assert start("rewrites: [{rewrite: soft_shared}]\nsearch: null") is None  # the middle
     assert start("rewrites: [{rewrite: soft_shared, scope: tile}]") is None
     assert start("rewrites: [{rewrite: soft_shared}, {rewrite: compressed_n}]") is None
+    load(write("rewrites: [{rewrite: dropped_n, layers: [9]}, {rewrite: soft_shared, start: best}]"))
     off = load(write("rewrites: [{rewrite: soft_shared}]\nsearch: null\nfinetune: null"))
     assert off.search is None and off.finetune is None and "finetune: null" in off.dump()

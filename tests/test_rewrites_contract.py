@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from compressor import models
 from compressor.metrics.size import parameters
 from compressor.rewrites import REWRITES, from_record
-from compressor.rewrites.compose import apply, structure
+from compressor.rewrites.compose import apply, choose, structure
 
 D, FF, LAYERS = 32, 128, 6
 FFN = 2 * D * FF + FF + D
@@ -48,6 +48,14 @@ EXAMPLES = {
         ({"n": 3, "start": 3, "collapse": "sum", "attention": "last"}, -2 * BLOCK),
         ({"n": 4, "collapse": "keep", "attention": "first"}, -3 * BLOCK),
     ],
+    "dropped_n": [
+        ({"n": 3}, -2 * BLOCK),
+        ({"layers": [0, 3, 5]}, -3 * BLOCK),
+    ],
+    "pruned": [
+        ({"sparsity": 0.4}, 0),
+        ({"parameters": "60k"}, 0),
+    ],
 }
 CASES = [
     pytest.param(name, record, change, id=f"{name}-{index}")
@@ -78,8 +86,10 @@ def make(original, alignment):
     def build(name, record):
         key = json.dumps([name, record], sort_keys=True)
         if key not in made:
-            rewrite = from_record({"rewrite": name, **record}).resolved(original.config)
-            made[key] = rewrite, apply([rewrite], original, alignment, calibration=toy_blocks(original.config))
+            rewrite, blocks = from_record({"rewrite": name, **record}), toy_blocks(original.config)
+            rewrite.check(original.config)
+            (rewrite,) = choose([rewrite.resolved(original.config)], original, alignment, calibration=blocks)
+            made[key] = rewrite, apply([rewrite], original, alignment, calibration=blocks)
         return made[key]
 
     return build
@@ -113,7 +123,8 @@ class TestEveryExample:
         assert (_logits(model, ids) - _logits(original, ids)).abs().max() > 1e-3
         assert model.config.compression == [rewrite.record()]
         assert from_record(rewrite.record()) == rewrite
-        assert isinstance(rewrite.start, int) or rewrite.scope == "tile"
+        assert not rewrite.undecided
+        assert json.loads(json.dumps(rewrite.record())) == rewrite.record()
 
     def test_parameters_equal_the_formula(self, make, name, record, change, original):
         rewrite, model = make(name, record)

@@ -15,7 +15,7 @@ from compressor import gpt2
 from compressor.errors import UserError
 from compressor.metrics.nll import token_nll
 from compressor.metrics.size import parameters
-from compressor.plans import Choice, best_plans, most_saved, parameter_count, search_plan
+from compressor.plans import Choice, best_plans, most_saved, search_plan
 from compressor.rewrites import base as rewrites_base
 from compressor.rewrites import from_record
 from compressor.rewrites.base import Statistics
@@ -343,25 +343,3 @@ def test_targets_out_of_reach_are_one_line(original, alignments, selection):
     least = int(str(error.value).split("allowed: ")[1].split()[0].replace(",", ""))
     merged = [placed(rewrite, Window(start, 2, start)) for start in (0, 2, 4, 6)]
     assert least == parameters(apply(merged, original, alignments))
-
-
-@pytest.mark.parametrize(
-    ("given", "count"),
-    [
-        ("100M", 100_000_000),
-        ("1.2e8", 120_000_000),
-        (1.2e8, 120_000_000),
-        (81_912_576, 81_912_576),
-        ("81,912,576", 81_912_576),
-        ("0.1b", 100_000_000),
-        ("350 k", 350_000),
-    ],
-)
-def test_numbers_of_parameters(given, count):
-    assert parameter_count(given) == count
-
-
-@pytest.mark.parametrize("given", ["many", "", "-3M", "0", "1e400", "100MB", None, "1.2.3M"])
-def test_what_is_no_number_of_parameters(given):
-    with pytest.raises(UserError, match=r"is no number of parameters; allowed: such as 100M or 1\.2e8"):
-        parameter_count(given)

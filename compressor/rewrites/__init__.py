@@ -7,13 +7,17 @@ from typing import Any
 from ..errors import UserError, unknown
 from .base import FitContext, Rewrite
 from .compressed_n import CompressedN
+from .dropped_n import DroppedN
 from .merged_n import MergedN
+from .pruned import Pruned
 from .soft_shared import SoftShared
 
 REWRITES: dict[str, type[Rewrite]] = {
     "soft_shared": SoftShared,
     "merged_n": MergedN,
     "compressed_n": CompressedN,
+    "dropped_n": DroppedN,
+    "pruned": Pruned,
 }
 
 

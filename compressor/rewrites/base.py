@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -97,7 +97,6 @@ class Rewrite(ABC):
     """A change of structure and the fit that goes with it. Its fields are the recipe's parameters."""
 
     name: ClassVar[str]
-    depth: ClassVar[bool] = False  # removes layers: its structure is applied after all others
 
     # ------------------------------------------------------------ structure
 
@@ -105,19 +104,33 @@ class Rewrite(ABC):
     def sites(self, base: GPT2Config) -> frozenset[str]:
         """The leaves this rewrite takes over, such as "h.4.mlp.c_fc"; no other rewrite of the recipe may claim them."""
 
-    @abstractmethod
     def config(self, base: GPT2Config) -> GPT2Config:
-        """The structure of the result: a plain GPT2Config where GPT-2 can express it. Layers count as in `base`."""
+        """The structure of the result before any layer is removed: a plain GPT2Config where GPT-2 can express it."""
+        return base
 
     def check(self, base: GPT2Config) -> None:  # noqa: B027 (most have nothing to add)
         """Raise UserError for parameters that this model cannot take. Runs before anything else does."""
 
     def removed(self, base: GPT2Config) -> frozenset[int]:
-        """The layers that the result no longer has."""
+        """The layers that the result no longer has. They are taken out after the structures of all rewrites."""
         return frozenset()
 
     def resolved(self, base: GPT2Config) -> Rewrite:
-        """This rewrite with every choice that depends on the model made (rules become layers)."""
+        """This rewrite with every choice that depends on the model's config made (rules become layers)."""
+        return self
+
+    @property
+    def undecided(self) -> bool:
+        """Whether text has yet to say which layers it takes: a search (start=best), or the calibration (`chosen`)."""
+        return False
+
+    def supposed(self, base: GPT2Config, taken: frozenset[str]) -> Rewrite:
+        """With some choice in place of the one that calibration text will make, clear of the sites `taken`: what a
+        plan counts with. Raises UserError where there is no room."""
+        return self
+
+    def chosen(self, context: FitContext, taken: frozenset[str]) -> Rewrite:
+        """With every choice that depends on calibration text made, clear of the sites `taken` by other rewrites."""
         return self
 
     # ------------------------------------------------------------ weights
@@ -130,6 +143,10 @@ class Rewrite(ABC):
 
     def trainable(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
         """What `--train deltas` tunes."""
+        return []
+
+    def zeros(self, model: GPT2LMHeadModel) -> list[tuple[nn.Parameter, Tensor]]:
+        """Weights of linears with a mask (bool, of their shape) of the entries that every training must leave at 0."""
         return []
 
     def penalty(self, model: GPT2LMHeadModel) -> Tensor | None:
@@ -169,6 +186,10 @@ class WindowRewrite(Rewrite):
     anchor: int | Literal["first", "middle", "last"] = "middle"
     scope: Literal["window", "tile"] = "window"
 
+    @property
+    def undecided(self) -> bool:
+        return self.start == "best"
+
     def windows(self, base: GPT2Config) -> list[Window]:
         """The windows, in layer order."""
         if self.scope == "tile":
@@ -178,25 +199,30 @@ class WindowRewrite(Rewrite):
             raise UserError(f"{self.name}: start={start} needs a window search; give a layer")
         return [window(base.n_layer, start, self.n, self.anchor)]
 
+    def layers(self, base: GPT2Config) -> list[int]:
+        """The layers of all windows."""
+        return [layer for item in self.windows(base) for layer in item.layers]
+
     def check(self, base: GPT2Config) -> None:
         check_length(base.n_layer, self.n)
         if self.scope == "tile" and self.start is not None:
             raise UserError(f"{self.name}: start={self.start} with scope=tile; tiles begin at layer 0, leave start out")
-        if self.start != "best":
+        if not self.undecided:
             self.windows(base)
 
     def resolved(self, base: GPT2Config) -> Rewrite:
         check_length(base.n_layer, self.n)
-        if self.scope == "tile" or self.start == "best":
+        if self.scope == "tile" or self.undecided:
             return self
         start = middle_start(base.n_layer, self.n) if self.start is None else int(self.start)
         return dataclasses.replace(self, start=start, anchor=anchor_layer(self.anchor, start, self.n))
 
 
+LINEAR_SITES = (*(f"attn.{part}" for part in "qkvo"), *(f"mlp.{linear}" for linear in gpt2.FFN_LINEARS))
 FFN_SITES = ("ln_2", *(f"mlp.{linear}" for linear in gpt2.FFN_LINEARS))
-BLOCK_SITES = ("ln_1", *(f"attn.{part}" for part in ("q", "k", "v", "o", "scores")), *FFN_SITES)
+BLOCK_SITES = ("ln_1", "attn.scores", "ln_2", *LINEAR_SITES)
 
 
-def sites_of(windows: Sequence[Window], leaves: Sequence[str]) -> frozenset[str]:
-    """The leaves of every block of some windows."""
-    return frozenset(f"h.{layer}.{leaf}" for item in windows for layer in item.layers for leaf in leaves)
+def sites_of(layers: Iterable[int], leaves: Sequence[str]) -> frozenset[str]:
+    """The leaves of every block of some layers."""
+    return frozenset(f"h.{layer}.{leaf}" for layer in layers for leaf in leaves)

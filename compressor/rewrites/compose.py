@@ -23,8 +23,8 @@ def check(rewrites: Sequence[Rewrite], base: GPT2Config) -> None:
     owners: dict[str, tuple[int, Rewrite]] = {}
     for index, rewrite in enumerate(rewrites):
         rewrite.check(base)
-        if getattr(rewrite, "start", None) == "best":
-            continue  # the search will know
+        if rewrite.undecided:
+            continue
         for site in sorted(rewrite.sites(base)):
             if site in owners:
                 other, owner = owners[site]
@@ -36,15 +36,16 @@ def check(rewrites: Sequence[Rewrite], base: GPT2Config) -> None:
 
 
 def structure(rewrites: Sequence[Rewrite], base: GPT2Config) -> GPT2Config:
-    """The config of the result. Depth changes come last and from the top, so that all starts count original layers."""
+    """The config of the result. Layers are removed last and all at once, so that every rewrite counts original ones."""
     config = base
-    for rewrite in (item for item in rewrites if not item.depth):
+    for rewrite in rewrites:
         config = rewrite.config(config)
-    for rewrite in sorted(
-        (item for item in rewrites if item.depth), key=lambda item: -min(item.removed(base), default=0)
-    ):
-        config = rewrite.config(config)
-    result = type(config)(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
+    layers = layer_map(rewrites, base)
+    fields = {**config.to_dict(), "n_layer": len(layers)}
+    fields.pop("model_type")
+    for group in fields.get("ffn_groups") or []:
+        group["layers"] = [layers[layer] for layer in group["layers"]]
+    result = type(config)(**fields)
     earlier = getattr(base, "compression", None) or []
     result.compression = [*earlier, *(rewrite.record() for rewrite in rewrites)]
     return result
@@ -54,6 +55,27 @@ def layer_map(rewrites: Sequence[Rewrite], base: GPT2Config) -> dict[int, int]:
     """Original layer -> layer of the result, for the layers that stay."""
     gone = frozenset[int]().union(*(rewrite.removed(base) for rewrite in rewrites))
     return {layer: index for index, layer in enumerate(layer for layer in range(base.n_layer) if layer not in gone)}
+
+
+def choose(
+    rewrites: Sequence[Rewrite],
+    original: GPT2LMHeadModel,
+    alignments: Alignments,
+    *,
+    calibration: TokenBlocks | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda message: None,
+) -> list[Rewrite]:
+    """The rewrites, resolved, with what calibration text decides decided; where they are so already, as they are."""
+    taken = frozenset[str]().union(*(item.sites(original.config) for item in rewrites if not item.undecided))
+    chosen = []
+    for item in rewrites:
+        if item.undecided:
+            generator = torch.Generator().manual_seed(seed)
+            item = item.chosen(FitContext(original, alignments, calibration, generator, {}, progress), taken)
+            taken |= item.sites(original.config)
+        chosen.append(item)
+    return chosen
 
 
 def apply(
@@ -68,11 +90,12 @@ def apply(
 ) -> GPT2LMHeadModel:
     """The rewritten model, in evaluation mode. Untouched tensors are the original's own: nothing is copied.
 
-    rewrites: resolved. statistics: shared by calls with the same original and calibration text. Raises UserError as
-    `check` does.
+    rewrites: resolved; what calibration text decides is decided here where it was not before. statistics: shared by
+    calls with the same original and calibration text. Raises UserError as `check` does.
     """
     base = original.config
     check(rewrites, base)
+    rewrites = choose(rewrites, original, alignments, calibration=calibration, seed=seed, progress=progress)
     layers = layer_map(rewrites, base)
     with torch.no_grad(), gpt2.evaluating(original):
         model = models.build(structure(rewrites, base)).to(original.dtype).eval()  # type: ignore[arg-type]

@@ -34,7 +34,6 @@ class CompressedN(WindowRewrite):
     """
 
     name = "compressed_n"
-    depth = True
 
     collapse: Literal["mean", "keep", "sum", "laco", "fit"] = "mean"
     attention: Literal["anchor", "first", "last"] = "anchor"
@@ -48,21 +47,10 @@ class CompressedN(WindowRewrite):
             )
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
-        return sites_of(self.windows(base), BLOCK_SITES)
+        return sites_of(self.layers(base), BLOCK_SITES)
 
     def removed(self, base: GPT2Config) -> frozenset[int]:
         return frozenset(layer for item in self.windows(base) for layer in item.layers if layer != item.anchor)
-
-    def config(self, base: GPT2Config) -> GPT2Config:
-        gone = self.removed(base)
-        left = {layer: index for index, layer in enumerate(layer for layer in range(base.n_layer) if layer not in gone)}
-        fields = {**base.to_dict(), "n_layer": len(left)}
-        if fields.get("ffn_groups"):
-            fields["ffn_groups"] = [
-                {**group, "layers": [left[layer] for layer in group["layers"]]} for group in fields["ffn_groups"]
-            ]
-        fields.pop("model_type")
-        return type(base)(**fields)
 
     def fit(self, model: GPT2LMHeadModel, context: FitContext) -> None:
         for window in self.windows(context.original.config):

@@ -46,7 +46,7 @@ class MergedN(WindowRewrite):
             )
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
-        return sites_of(self.windows(base), FFN_SITES)
+        return sites_of(self.layers(base), FFN_SITES)
 
     def config(self, base: GPT2Config) -> GPT2Config:
         return add_groups(base, self.windows(base), rank=0, bias="shared") if self.tie else base

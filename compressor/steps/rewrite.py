@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import artifacts, models, run_folder, verify
+from ..data import TokenBlocks
 from ..errors import UserError
-from ..metrics.size import flops_per_token, parameters, weight_bytes
+from ..metrics.size import flops_per_token, non_zero, parameters, weight_bytes
 from ..models import OpenModel
 from ..rewrites import Rewrite
 from ..rewrites.base import WindowRewrite
-from ..rewrites.compose import apply, check
+from ..rewrites.compose import apply, check, choose
 from ..run_folder import Aligned
 from ..session import Session
 from ..windows import Window
@@ -41,45 +42,14 @@ def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[st
     resolved = [item.resolved(config) for item in placed]
     base = open_base(run, aligned, session)
     calibration = calibration_blocks(base, aligned)
-    with session.bar("rewrite") as bar:
-        model = apply(
-            resolved,
-            base.model,
-            aligned.alignments,
-            calibration=calibration,
-            seed=session.seed,
-            progress=lambda message: bar.set_postfix_str(message),
-        )
-    before = parameters(base.model)
-    with artifacts.new_folder(target, force=session.force) as folder:
-        models.save(model, folder, base.tokenizer, base.stored_dtype)
-        body = {
-            "rewrites": [item.record() for item in resolved],
-            "alignment": {
-                "method": aligned.alignments.method,
-                "site": aligned.alignments.site,
-                "tokens": aligned.alignments.tokens,
-                "tensors": aligned.tensors,
-                "routes": _routes(resolved, base, aligned),
-            },
-            "fit_tokens": calibration.tokens,
-            "layers": model.config.n_layer,
-            "layers_before": base.model.config.n_layer,
-            "parameters": parameters(model),
-            "parameters_before": before,
-            "bytes": weight_bytes(folder),
-            "bytes_before": weight_bytes(base.folder),
-            "flops_per_token": flops_per_token(model),
-            "flops_per_token_before": flops_per_token(base.model),
-            "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
-            "probe": models.probe(model.float()),  # of the saved numbers: `model` has become the files' dtype
-        }
-        artifacts.write_json(
-            folder / verify.REPORT,
-            "rewrite",
-            body,
-            session.origin(base, {"calibration": {**aligned.calibration, "tokens": calibration.tokens}}),
-        )
+    alignment = {
+        "method": aligned.alignments.method,
+        "site": aligned.alignments.site,
+        "tokens": aligned.alignments.tokens,
+        "tensors": aligned.tensors,
+        "routes": _routes(resolved, base, aligned),
+    }
+    body = write_model(target, "rewrite", resolved, base, aligned, calibration, session, {"alignment": alignment})
     recovered = run_folder.steps(run).get("recovered")
     earlier = None if recovered is None else run_folder.made(models.find(str(recovered)))
     if earlier is not None and earlier.get("made_from", {}).get("start") != body["weights"]:
@@ -87,6 +57,51 @@ def rewrite(run: Path, rewrites: Sequence[Rewrite], session: Session) -> dict[st
             f"warning: {run / 'recovered'} is of the rewritten model that was here before; "
             f"`gpt2-compress finetune --run {run} --force` makes it anew"
         )
+    return body
+
+
+def write_model(
+    target: Path,
+    kind: str,
+    rewrites: Sequence[Rewrite],
+    base: OpenModel,
+    aligned: Aligned,
+    calibration: TokenBlocks,
+    session: Session,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Rewrite `base` into a model's folder at `target`, over what is there; returns the body of its report.json.
+
+    rewrites: resolved; what calibration text decides is decided here. kind: of the report, one of verify.MADE_BY.
+    facts: what else stands in the body.
+    """
+    with session.bar(kind) as bar:
+        of = base.model, aligned.alignments
+        say = bar.set_postfix_str
+        chosen = choose(rewrites, *of, calibration=calibration, seed=session.seed, progress=say)
+        model = apply(chosen, *of, calibration=calibration, seed=session.seed, progress=say)
+    before = parameters(base.model)
+    with artifacts.new_folder(target, force=True) as folder:
+        models.save(model, folder, base.tokenizer, base.stored_dtype)
+        body = {
+            "rewrites": [item.record() for item in chosen],
+            "asked": [item.record() for item in rewrites],  # before calibration text chose
+            **facts,
+            "fit_tokens": calibration.tokens,
+            "layers": model.config.n_layer,
+            "layers_before": base.model.config.n_layer,
+            "parameters": parameters(model),
+            "parameters_before": before,
+            "non_zero": non_zero(model),
+            "bytes": weight_bytes(folder),
+            "bytes_before": weight_bytes(base.folder),
+            "flops_per_token": flops_per_token(model),
+            "flops_per_token_before": flops_per_token(base.model),
+            "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
+            "probe": models.probe(model.float()),  # of the saved numbers: `model` has become the files' dtype
+        }
+        texts = {"calibration": {**aligned.calibration, "tokens": calibration.tokens}}
+        artifacts.write_json(folder / verify.REPORT, kind, body, session.origin(base, texts))
     return body
 
 

@@ -11,7 +11,8 @@ from transformers import GPT2Config
 
 from .. import artifacts, fields, models, run_folder
 from ..errors import UserError
-from ..plans import PlanResult, parameter_count, search_plan
+from ..fields import parameter_count
+from ..plans import PlanResult, search_plan
 from ..recipe import Search
 from ..rewrites import Rewrite, from_record
 from ..rewrites.base import WindowRewrite
@@ -59,7 +60,7 @@ def search(
     check([*others, wanted], config)
     others = [item.resolved(config) for item in others]
     if settings.target_parameters is not None:
-        parameter_count(settings.target_parameters)  # before the work
+        parameter_count("target_parameters", settings.target_parameters)  # before the work
     base = open_base(run, aligned, session)
     context = search_context(settings, config)
     selection = part(
