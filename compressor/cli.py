@@ -267,13 +267,14 @@ def _benchmark(options: argparse.Namespace, overrides: list[str], notices: list[
                 f"{', '.join(sorted(benchmark.METRICS))}"
             )
         sources[key] = spec
-    result = pipeline.run_benchmark(
+    result = pipeline.compare(
         options.models,
         options.out,
         metrics,
         sources,
         _session(options, notices),
         columns=pipeline.Columns(options.text_column, options.split),
+        others=[] if options.baselines is None else options.baselines.split(","),
     )
     return _print(options, result.to_dict(), f"{report.table(result)}\n\nwritten to {options.out}")
 

@@ -336,6 +336,7 @@ def _benchmark(command: Command) -> None:
         "measure models side by side (step 6)",
         "benchmark gpt2 runs/mine --data wikitext --out bench",
         "benchmark runs/mine --out bench --suite quick --data perplexity=my.txt",
+        "benchmark runs/mine --out bench --baselines pruned,dropped,distilgpt2",
     )
     bench.add_argument("models", nargs="+", metavar="MODEL", help=f"{_MODEL}; a run folder gives all of its models")
     bench.add_argument("--out", required=True, metavar="DIR", type=_folder, help="where the report goes")
@@ -343,5 +344,11 @@ def _benchmark(command: Command) -> None:
     chosen.add_argument("--metrics", metavar="A,B,C", help="default: perplexity,size; also latency")
     chosen.add_argument("--suite", metavar="NAME", help="quick, full, or a .yaml file")
     bench.add_argument("--data", nargs="+", default=[], metavar="[METRIC=]D", help=_DATA)
+    bench.add_argument(
+        "--baselines",
+        metavar="A,B,C",
+        help="rows to compare with: pruned (the original, to as many parameters), dropped (without as many blocks), "
+        "which are made in the run folder and recovered as the run was, or a MODEL such as distilgpt2",
+    )
     bench.add_argument("--max-tokens", type=_tokens, metavar="N", help="score the first N tokens only (default: all)")
     _columns(bench)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from .rewrites import Rewrite
 from .rewrites.compose import check, structure
 from .search import allowed_windows
 from .session import ANYWHERE, Columns, Session, lasting_specs, must_be_folder
+from .steps import baselines
 from .steps.align import align
-from .steps.measure import CLASSIFIERS, MEASURED, reported, run_benchmark, what_on
+from .steps.measure import CLASSIFIERS, MEASURED, check_place, reported, rows_of, run_benchmark, what_on
 from .steps.prove import export, verify_model
 from .steps.recover import CHECKPOINTS, finetune
 from .steps.rewrite import rewrite
@@ -33,6 +35,7 @@ __all__ = [
     "Columns",
     "Session",
     "align",
+    "compare",
     "export",
     "finetune",
     "inspect",
@@ -47,8 +50,8 @@ __all__ = [
 
 RECIPE = "recipe.yaml"
 # What `run --force` makes anew; whatever else lies in the folder is not its own.
-_MADE = (*report.FILES, MEASURED, CLASSIFIERS, CHECKPOINTS, "recovered", "control", "rewritten", run_folder.WINDOWS,
-         "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
+_MADE = (*report.FILES, MEASURED, CLASSIFIERS, CHECKPOINTS, run_folder.BASELINES, *run_folder.STEPS,
+         run_folder.WINDOWS, "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
 
 
 def run(folder: Path, recipe: Recipe, session: Session, *, columns: Columns = ANYWHERE) -> Report:
@@ -90,6 +93,9 @@ def make(
             _rewrite(folder, recipe, session)
     if recipe.finetune is not None:
         finetune(folder, recipe.finetune, session, resume=True)
+    kinds = [word for word in recipe.benchmark.baselines if word in run_folder.BASELINE_KINDS]
+    if kinds:
+        baselines.make(folder, kinds, session, recovery=recipe.finetune)
 
 
 def _borrow(folder: Path, lender: Path) -> None:
@@ -257,17 +263,16 @@ def _refuse(made: Path, same: dict[str, bool]) -> None:
 def _benchmark(folder: Path, recipe: Recipe, session: Session) -> None:
     if (folder / "report.json").is_file():
         earlier = report.read(folder)
-        now = {
-            row: artifacts.hash_files(list(models.find(model).files))
-            for row, model in run_folder.rows([str(folder)]).items()
-        }
+        rows, absent = rows_of([str(folder)], recipe.benchmark.baselines)
+        now = {row: artifacts.hash_files(list(models.find(model).files)) for row, model in rows.items()}
         metrics = [
             {"metric": metric, **settings} for metric, settings in benchmark.check_metrics(recipe.benchmark.metrics)
         ]
         texts, _ = what_on([entry["metric"] for entry in metrics], [str(folder)], {}, ANYWHERE, session)
         test = {metric: reported(text).fingerprint for metric, text in texts.items()}
         same = (
-            {row.name: row.weights for row in earlier.rows} == now
+            {row.name for row in earlier.rows} == now.keys() | absent.keys()
+            and all(row.weights in ("", now.get(row.name, row.weights)) for row in earlier.rows)
             and list(earlier.metrics) == metrics
             and {metric: facts["fingerprint"] for metric, facts in earlier.origin.data.items()} == test
         )
@@ -275,8 +280,38 @@ def _benchmark(folder: Path, recipe: Recipe, session: Session) -> None:
             raise UserError(
                 f"{folder / 'report.json'} is another report than this recipe's; move it away and run again"
             )
+        artifacts.remove(folder / MEASURED)  # killed between the report and this
         return
-    run_benchmark([str(folder)], folder, recipe.benchmark.metrics, {}, session)
+    run_benchmark([str(folder)], folder, recipe.benchmark.metrics, {}, session, baselines=recipe.benchmark.baselines)
+
+
+def compare(
+    names: Sequence[str],
+    out: Path,
+    metrics: Sequence[Any],
+    sources: Mapping[str, str],
+    session: Session,
+    *,
+    columns: Columns = ANYWHERE,
+    others: Sequence[str] = (),
+) -> Report:
+    """`run_benchmark`, with baselines: kinds of them, which each run folder among `names` gets where it has none yet,
+    recovered as the run was, and MODELs. Without any, those that the runs have."""
+    run_folder.check_baselines(others)
+    runs = [name for name in names if run_folder.is_run(name)]
+    kinds = [word for word in others if word in run_folder.BASELINE_KINDS]
+    if kinds and not runs:
+        raise UserError(f"baselines {', '.join(kinds)} are those of a run folder, and none is given")
+    check_place(Path(out), session)
+    benchmark.check_metrics(metrics)
+    for model in [word for word in (*names, *others) if others and word not in kinds]:
+        models.find(model)  # every mistake before the work
+    for run in map(Path, runs if kinds else ()):
+        spent = baselines.budget(run)
+        settings, seed = (None, session.seed) if spent is None else spent
+        as_the_run = dataclasses.replace(session, seed=seed, dtype=run_folder.aligned(run).dtype)
+        baselines.make(run, kinds, as_the_run, recovery=settings)
+    return run_benchmark(names, out, metrics, sources, session, columns=columns, baselines=list(others) or None)
 
 
 def run_name(recipe: str) -> Path:

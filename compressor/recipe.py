@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from . import benchmark, data, fields
+from . import benchmark, data, fields, run_folder
 from .errors import UserError, unknown
 from .fields import parameter_count
 from .rewrites import REWRITES, Rewrite, from_record
@@ -106,6 +106,10 @@ class Finetune:
 @dataclass(frozen=True)
 class Benchmark:
     metrics: list = field(default_factory=lambda: ["perplexity", "latency", "size"])
+    baselines: list = field(default_factory=list)  # rows to compare with: pruned, dropped, or a MODEL
+
+    def __post_init__(self) -> None:
+        run_folder.check_baselines(self.baselines)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from .checkpoint import Checkpoint, structure_hash
 from .errors import UserError
 
 STEPS = ("control", "rewritten", "recovered")  # the models of a run, in the order of a table
+BASELINES = "baselines"  # the folder of models that are there to be compared with, one of each kind below
+BASELINE_KINDS = ("pruned", "dropped")
+RECOVERED = "-recovered"  # what the name of a baseline ends in that got the run's recovery
 WINDOWS = "windows.json"
 
 
@@ -77,16 +80,37 @@ def steps(path: str | Path) -> dict[str, Path]:
     return {step: folder / step for step in STEPS if (folder / step / "config.json").is_file()}
 
 
+def baselines(path: str | Path, kinds: Collection[str] = BASELINE_KINDS) -> dict[str, Path]:
+    """The baseline models that a run folder has, of these kinds: name of the row -> its folder."""
+    folder = Path(path).expanduser() / BASELINES
+    names = [name for kind in BASELINE_KINDS if kind in kinds for name in (kind, kind + RECOVERED)]
+    return {name: folder / name for name in names if (folder / name / "config.json").is_file()}
+
+
+def check_baselines(words: Sequence[Any]) -> None:
+    """Raise UserError for what is no list of different words."""
+    wrong = [word for word in words if not isinstance(word, str) or not word.strip()]
+    if wrong or len(set(words)) < len(words):
+        raise UserError(
+            f"baselines: {list(words)!r}; allowed: a list of different {', '.join(BASELINE_KINDS)} or MODELs"
+        )
+
+
 def made(found: Checkpoint) -> dict[str, Any] | None:
-    """The report of the rewrite that made a model; None where there is none."""
+    """The report of the step that made a model; None where there is none."""
     return verify.made(found.folder, found.config)
 
 
 # ---------------------------------------------------------------- rows of a benchmark
 
 
-def rows(names: Sequence[str]) -> dict[str, str]:
-    """Row name -> MODEL, in order. A run folder gives its original and every model it has."""
+def rows(names: Sequence[str], others: Sequence[str] | None = None) -> dict[str, str]:
+    """Row name -> MODEL, in order. A run folder gives its original and every model it has.
+
+    others: kinds of baselines, which the runs give then and no other kinds, and MODELs that become rows of their own
+    where they are none yet; None: every baseline that the runs have.
+    """
+    kinds = BASELINE_KINDS if others is None else [word for word in others if word in BASELINE_KINDS]
     found: dict[str, str] = {}
     places: dict[Path, str] = {}
 
@@ -109,8 +133,11 @@ def rows(names: Sequence[str]) -> dict[str, str]:
             add("original" if len(names) == 1 else base, base)
         short = folder.resolve().name
         prefix = "" if len(names) == 1 else f"{short if f'{short}: rewritten' not in found else name}: "
-        for step, model in made_here.items():
+        for step, model in (made_here | baselines(folder, kinds)).items():
             add(prefix + step, str(model))
+    for word in others or ():
+        if word not in BASELINE_KINDS and models.locate(word).resolve() not in places:
+            add(word, word)
     return found
 
 
@@ -147,9 +174,12 @@ def warn_of_overlap(found: Mapping[str, Checkpoint], text: Any, notice: Callable
 
 
 def warn_of_twins(found: Mapping[str, Checkpoint], notice: Callable[[str], None]) -> None:
-    """Rows that different rewrites made and that still have one structure differ in their weights only: say so."""
+    """Rows that different rewrites made and that still have one structure differ in their weights only: say so.
+    Baselines are meant to."""
     seen: dict[str, tuple[str, Any]] = {}
     for row, checkpoint in found.items():
+        if checkpoint.folder.parent.name == BASELINES:
+            continue
         made_by = getattr(checkpoint.config, "compression", None) or []
         other, made_other = seen.setdefault(structure_hash(checkpoint.config), (row, made_by))
         if made_by != made_other:
@@ -157,19 +187,22 @@ def warn_of_twins(found: Mapping[str, Checkpoint], notice: Callable[[str], None]
 
 
 def warn_of_strangers(names: Sequence[str], notice: Callable[[str], None]) -> None:
-    """Say so when a run's recovered model was made from another rewritten one than lies beside it now, or its control
-    was not tuned alike."""
+    """Say so when a recovered model was made from another one than lies beside it now or was not tuned as the run's
+    was, and when a baseline is for a rewritten model of another size."""
     for name in names:
         if not is_run(name):
             continue
-        there = steps(name)
+        there = steps(name) | baselines(name)
         reports = {step: made(models.find(str(there[step]))) or {} for step in there}
-        recovered, control = (reports.get(step, {}).get("made_from", {}) for step in ("recovered", "control"))
-        rewritten = reports.get("rewritten", {}).get("weights")
-        if rewritten and recovered and recovered["start"] != rewritten:
-            notice(
-                f"warning: {there['recovered']} was made from another rewritten model than {there['rewritten']} is now"
-            )
-        different = [key for key in control if key not in ("start", "train") and recovered.get(key) != control[key]]
-        if recovered and different:
-            notice(f"warning: {there['control']} was not tuned as recovered was ({', '.join(different)} differ)")
+        rewritten, recovered = reports.get("rewritten", {}), reports.get("recovered", {}).get("made_from", {})
+        for step, report in reports.items():
+            before = "rewritten" if step == "recovered" else step.removesuffix(RECOVERED)
+            own, start = report.get("made_from", {}), reports.get(before, {}).get("weights")
+            if step != before and start is not None and own and own["start"] != start:
+                notice(f"warning: {there[step]} was made from another {before} model than {there[before]} is now")
+            size = report.get("counterpart", {})
+            if rewritten and any(rewritten[key] != value for key, value in size.items()):
+                notice(f"warning: {there[step]} is for a rewritten model of another size than {there['rewritten']}")
+            different = [key for key in own if key not in ("start", "train") and recovered.get(key) != own[key]]
+            if recovered and different and "start" in own and step != "recovered":
+                notice(f"warning: {there[step]} was not tuned as recovered was ({', '.join(different)} differ)")

@@ -20,9 +20,11 @@ from .metrics.size import parameters
 from .models import OpenModel, probe
 
 TOLERANCE = 1e-4  # on logits in float32: other kernels, other order of sums
-REPORT = "report.json"  # what `rewrite` and `finetune` leave beside a model
+REPORT = "report.json"  # what a step leaves beside the model that it makes
 RECOVERY = "recovery"
-MADE_BY = {"rewrite": "rewrite", RECOVERY: "finetune"}  # kind of such a report -> command
+BASELINE = "baseline"
+# kind of such a report -> command
+MADE_BY = {"rewrite": "rewrite", RECOVERY: "finetune", BASELINE: "benchmark --baselines"}
 SENTENCE = "The film was long, but its 3 endings were not."
 _HEADER = 64 * 1024  # bytes of names and shapes a safetensors file may have beside the weights
 _MODELING = Path(modeling.__file__).parent
@@ -107,7 +109,7 @@ def verify(opened: OpenModel, *, trust: bool = False) -> list[Check]:
 
 
 def made(folder: Path, config: GPT2Config) -> dict[str, Any] | None:
-    """The report that `rewrite` or `finetune` left beside a model; None where there is none.
+    """The report that a step left beside a model; None where there is none.
 
     Raises UserError for a damaged one. A plain model may have any report.json: only one of these kinds counts.
     """

@@ -132,6 +132,7 @@ def test_missing_keys_take_their_defaults(write):
         ("seed=7", lambda r: r.seed, 7),
         ("model=a=b", lambda r: r.model, "a=b"),
         ("benchmark.metrics=[size]", lambda r: r.benchmark.metrics, ["size"]),
+        ("benchmark.baselines=[pruned, gpt2]", lambda r: r.benchmark.baselines, ["pruned", "gpt2"]),
         (
             "data={calibration: a, selection: b, training: c, test: d}",
             lambda r: dict(r.data)["test"] if r.data != "demo" else None,
@@ -188,6 +189,12 @@ def test_with_several_rewrites_a_bare_key_is_an_error_that_names_the_dotted_ones
         ("rewrites=[{rewrite: soft-shared}]", "unknown rewrite 'soft-shared' (did you mean 'soft_shared'?)"),
         ("benchmark.metrics=[perplexty]", "unknown metric 'perplexty' (did you mean 'perplexity'?)"),
         ("benchmark.metrics=size", "allowed: a list"),
+        ("benchmark.baselines=pruned", "benchmark: baselines is 'pruned'; allowed: a list"),
+        (
+            "benchmark.baselines=[pruned, 3]",
+            "baselines: ['pruned', 3]; allowed: a list of different pruned, dropped or",
+        ),
+        ("benchmark.baselines=[gpt2, gpt2]", "allowed: a list of different"),
     ],
 )
 def test_what_a_recipe_cannot_be_is_said_in_one_line(override, said):

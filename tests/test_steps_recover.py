@@ -274,7 +274,7 @@ def test_models_that_no_longer_belong_together_are_warned_of(recovered_run, tmp_
     (notice,) = notices
     assert f"{recovered_run / 'recovered'} is of the rewritten model that was here before" in notice
     other = f"recovered was made from another rewritten model than {recovered_run / 'rewritten'} is now"
-    assert warnings("c") == [other, budget]
+    assert warnings("c") == [budget, other]
 
 
 # ---------------------------------------------------------------- what is there already

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,28 +89,26 @@ def run_benchmark(
     session: Session,
     *,
     columns: Columns = ANYWHERE,
+    baselines: Sequence[str] | None = None,
     rows: Mapping[str, str] | None = None,
     only: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> benchmark.Report:
     """Step 6: measure models side by side; write report.json, report.md, report.html and plots into `out`.
 
-    sources: metric -> D; the empty key is for every metric that has none of its own. rows: name -> MODEL, by default
-    what `names` give. only: row -> the metrics it gets, where not all. What an interrupted call has measured is not
-    measured again.
+    sources: metric -> D; the empty key is for every metric that has none of its own. baselines: which kinds of those
+    that the runs have, and further MODELs, which become rows without figures where they cannot be had; None: all that
+    the runs have. rows: name -> MODEL instead of all these. only: row -> the metrics it gets, where not all. What an
+    interrupted call has measured is not measured again.
     """
     out = Path(out)
-    must_be_folder(out)
-    if (out / "config.json").is_file():
-        raise UserError(f"{out} is a model's folder; give another --out")
-    if (out / "report.json").exists() and not session.force:
-        raise UserError(f"{out} has a report already; give another --out, or --force to replace it")
+    check_place(out, session)
     chosen = benchmark.check_metrics(metrics)
     for metric in sources:
         if metric and (metric not in dict(chosen) or METRICS[metric].data is None):
             raise UserError(
                 f"data for {metric!r}, which is not measured here or needs none; measured: {_names(chosen)}"
             )
-    rows = run_folder.rows(names) if rows is None else rows
+    rows, absent = rows_of(names, baselines) if rows is None else (rows, {})
     found = {row: models.find(model) for row, model in rows.items()}  # every mistake before the first figure
     texts, missing = what_on(list(dict(chosen)), names, sources, columns, session)
     _warn(names, found, texts, session)
@@ -137,10 +136,36 @@ def run_benchmark(
     )
     for reason in dict.fromkeys(f"{gap.metric}: {gap.reason}" for row in result.rows for gap in row.gaps):
         session.notice(f"warning: not measured: {reason}")
+    for model, reason in absent.items():
+        session.notice(f"warning: no figures of {model}: {reason}")
+        gaps = tuple(benchmark.Gap(metric, settings, reason) for metric, settings in chosen)
+        result = dataclasses.replace(result, rows=(*result.rows, benchmark.Row(model, model, (), gaps=gaps)))
     with artifacts.new_files(out) as folder:
         report.write(folder, result)
     artifacts.remove(out / MEASURED)
     return result
+
+
+def check_place(out: Path, session: Session) -> None:
+    """Raise UserError for a folder that a report may not be written to."""
+    must_be_folder(out)
+    if (out / "config.json").is_file():
+        raise UserError(f"{out} is a model's folder; give another --out")
+    if (out / "report.json").exists() and not session.force:
+        raise UserError(f"{out} has a report already; give another --out, or --force to replace it")
+
+
+def rows_of(names: Sequence[str], baselines: Sequence[str] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Row -> MODEL, and those of `baselines` that are MODELs and cannot be had -> why."""
+    absent = {}
+    for word in baselines or ():
+        if word not in run_folder.BASELINE_KINDS:
+            try:
+                models.find(word)
+            except UserError as error:
+                absent[word] = str(error)
+    there = None if baselines is None else [word for word in baselines if word not in absent]
+    return run_folder.rows(names, there), absent
 
 
 def _names(chosen: Sequence[tuple[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..finetune import Recovery, StateFolder, control_train, resolve_train
 from ..finetune import finetune as recover
 from ..metrics.size import flops_per_token, parameters, weight_bytes
-from ..models import OpenModel
+from ..models import Checkpoint, OpenModel
 from ..recipe import Finetune
 from ..rewrites import Rewrite, from_record
 from ..run_folder import Aligned
@@ -52,7 +52,23 @@ def finetune(
     mode = resolve_train(settings.train, models.build(found.config), rewrites)
     jobs = [Job("recovered", str(found.folder), artifacts.hash_files(list(found.files)), tuple(rewrites), mode)]
     if settings.control:
-        jobs.append(Job("control", None, aligned.base_hash, (), _control_mode(settings.train)))
+        jobs.append(Job("control", None, aligned.base_hash, (), control_mode(settings.train)))
+    parts = texts(found, settings, aligned, session, source, columns)
+    if not resume:
+        _refuse_what_is_there(run, jobs, session)
+    return carry_out(run, run, jobs, settings, parts, aligned, session, resume)
+
+
+def texts(
+    found: Checkpoint,
+    settings: Finetune,
+    aligned: Aligned,
+    session: Session,
+    source: str | Mapping[str, str] | None = None,
+    columns: Columns = ANYWHERE,
+) -> dict[str, Part]:
+    """The training and the selection text of a recovery, in blocks for the model `found`. Raises UserError where they
+    share text with each other or with the calibration."""
     context = found.config.n_positions if settings.context is None else settings.context
     tokenizer = models.open_tokenizer(found.name, found.folder, found.config)
     tokens = {"training": settings.steps * settings.batch_tokens, "selection": settings.selection_tokens}
@@ -70,26 +86,42 @@ def finetune(
         )
     if settings.batch_tokens < context:
         session.notice(f"finetune: batch_tokens={settings.batch_tokens} is less than one block; a step takes {context}")
+    return parts
+
+
+def carry_out(
+    run: Path,
+    place: Path,
+    jobs: Sequence[Job],
+    settings: Finetune,
+    parts: Mapping[str, Part],
+    aligned: Aligned,
+    session: Session,
+    resume: bool,
+) -> dict[str, dict[str, Any]]:
+    """Train each model of `jobs` alike, into the folders of their names in `place`; returns name -> body of its report.
+
+    resume: a result that was made from the same things stays, an interrupted training goes on. Raises UserError for a
+    result that was made otherwise.
+    """
     asked = dataclasses.asdict(settings)
     given = {job.name: made_from(job, asked, parts, session.seed) for job in jobs}
-    if not resume:
-        _refuse_what_is_there(run, jobs, session)
     # A stored state is gone on from even where a result lies beside it, which may be an older one.
-    resumed = [job.name for job in jobs if resume and not (run / CHECKPOINTS / job.name / "state").exists()]
-    done = {job.name: finished(run, job.name, given[job.name]) if job.name in resumed else None for job in jobs}
+    resumed = [job.name for job in jobs if resume and not (place / CHECKPOINTS / job.name / "state").exists()]
+    done = {job.name: finished(place / job.name, given[job.name]) if job.name in resumed else None for job in jobs}
     bodies = {}
     for job in jobs:
         body = done[job.name]
         if body is not None and session.main:  # killed between the result and this
-            artifacts.remove(run / CHECKPOINTS / job.name)
-            _remove_empty(run / CHECKPOINTS)
+            artifacts.remove(place / CHECKPOINTS / job.name)
+            _remove_empty(place / CHECKPOINTS)
         if body is None:
-            body = _train(run, job, asked, given[job.name], parts, aligned, session, resume)
+            body = _train(run, place, job, asked, given[job.name], parts, aligned, session, resume)
         bodies[job.name] = body
     return bodies
 
 
-def _control_mode(train: str) -> str:
+def control_mode(train: str) -> str:
     """How the original is tuned beside a recovery in mode `train`."""
     return "full" if control_train(train) == "full" else "lora"
 
@@ -105,7 +137,7 @@ class Job:
     train: str  # deltas | lora | full
 
 
-def _refuse_what_is_there(run: Path, jobs: list[Job], session: Session) -> None:
+def _refuse_what_is_there(run: Path, jobs: Sequence[Job], session: Session) -> None:
     for job in jobs:
         if (run / job.name).exists() and not session.force:
             raise UserError(f"{run / job.name} exists already; --force replaces it, --resume keeps it")
@@ -136,13 +168,12 @@ def made_from(job: Job, asked: Mapping[str, Any], parts: Mapping[str, Part], see
     }
 
 
-def finished(run: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished(folder: Path, given: Mapping[str, Any]) -> dict[str, Any] | None:
     """The body of the report of a recovery that was made from what is given; None where there is none.
 
     Raises UserError for one that was made otherwise.
     """
-    folder = run_folder.steps(run).get(name)
-    if folder is None:
+    if not (folder / "config.json").is_file():
         return None
     body = run_folder.made(models.find(str(folder)))
     if body is None or body["kind"] != verify.RECOVERY:
@@ -156,6 +187,7 @@ def finished(run: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any] |
 
 def _train(
     run: Path,
+    place: Path,
     job: Job,
     asked: Mapping[str, Any],
     given: Mapping[str, Any],
@@ -173,7 +205,7 @@ def _train(
         base_model=aligned.base_model,
         base_hash=aligned.base_hash,
     )
-    state = StateFolder(run / CHECKPOINTS / job.name, dataclasses.replace(origin, base_hash=opened.hash))
+    state = StateFolder(place / CHECKPOINTS / job.name, dataclasses.replace(origin, base_hash=opened.hash))
     with session.bar(job.name, asked["steps"], "step") as bar:
 
         def show(step: Any) -> None:
@@ -199,9 +231,9 @@ def _train(
     body: dict[str, Any] = {}
     with session.alone() as here:
         if here:
-            body = _save(run / job.name, opened, job, result, given, origin)
+            body = _save(place / job.name, opened, job, result, given, origin)
             training_state.remove(state)
-            _remove_empty(run / CHECKPOINTS)
+            _remove_empty(place / CHECKPOINTS)
     return session.processes.all_gather(body)[0]
 
 
