@@ -21,6 +21,7 @@ from .decoding import BATCH, continuations, end_tokens
 
 SETTINGS = frozenset({"max_examples", "new_tokens", "top_k", "prompt", "context", "sentences", "batch", "seed"})
 PROMPT = "\nTL;DR:"
+_DEMOS_PROMPT = "\nIn short:"  # what stands before a summary in the text that the embedded model was trained on
 NEW_TOKENS = 100
 SENTENCES = 3
 _LEAST = 16  # tokens of the document that a model must see at least
@@ -70,7 +71,7 @@ def _task(
     max_examples: int | None,
     new_tokens: int,
     top_k: int | None,
-    prompt: str,
+    prompt: str | None,
     context: int | None,
     sentences: int | None,
 ) -> _Task:
@@ -82,6 +83,8 @@ def _task(
         whole("top_k", top_k, 1)
     if sentences is not None:
         whole("sentences", sentences, 1)
+    if prompt is None:
+        prompt = _DEMOS_PROMPT if data.source == "demo" else PROMPT
     if not isinstance(prompt, str):
         raise UserError(f"prompt={prompt!r} is not allowed; allowed: a text, such as {PROMPT!r}")
     whole("new_tokens", new_tokens, 1)
@@ -122,7 +125,7 @@ def measure(
     max_examples: int | None = None,
     new_tokens: int = NEW_TOKENS,
     top_k: int | None = None,
-    prompt: str = PROMPT,
+    prompt: str | None = None,
     context: int | None = None,
     sentences: int | None = SENTENCES,
     batch: int = BATCH,
@@ -130,10 +133,11 @@ def measure(
 ) -> list[MetricResult]:
     """`rouge1`, `rouge2` and `rougeL` (F1 in 0..1, mean over documents, bootstrap interval) of a model's summaries.
 
-    The model reads a document and `prompt`, at most `context` tokens (default n_positions) with the `new_tokens` that
-    it writes greedily or, with `top_k`, sampled from the k likeliest (the paper: 2); the end of text ends a summary.
-    The first `sentences` of it are scored (the paper: 3; None: all). A model that writes no word scores 0; the setting
-    `empty` is their share. Raises UserError where the positions leave no room for a document.
+    The model reads a document and `prompt` (default: "TL;DR:" on a line of its own, for the demo's rows "In short:"),
+    at most `context` tokens (default n_positions) with the `new_tokens` that it writes greedily or, with `top_k`,
+    sampled from the k likeliest (the paper: 2); the end of text ends a summary. The first `sentences` of it are scored
+    (the paper: 3; None: all). A model that writes no word scores 0; the setting `empty` is their share. Raises
+    UserError where the positions leave no room for a document.
     """
     whole("batch", batch, 1)
     whole("seed", seed, 0)
@@ -179,7 +183,7 @@ def references(
     max_examples: int | None = None,
     new_tokens: int = NEW_TOKENS,
     top_k: int | None = None,
-    prompt: str = PROMPT,
+    prompt: str | None = None,
     context: int | None = None,
     sentences: int | None = SENTENCES,
     batch: int = BATCH,

@@ -108,7 +108,7 @@ def run_benchmark(
             raise UserError(
                 f"data for {metric!r}, which is not measured here or needs none; measured: {_names(chosen)}"
             )
-    rows, absent = rows_of(names, baselines) if rows is None else (rows, {})
+    rows, absent = rows_of(names, baselines, rows)
     found = {row: models.find(model) for row, model in rows.items()}  # every mistake before the first figure
     texts, missing = what_on(list(dict(chosen)), names, sources, columns, session)
     _warn(names, found, texts, session)
@@ -155,8 +155,11 @@ def check_place(out: Path, session: Session) -> None:
         raise UserError(f"{out} has a report already; give another --out, or --force to replace it")
 
 
-def rows_of(names: Sequence[str], baselines: Sequence[str] | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Row -> MODEL, and those of `baselines` that are MODELs and cannot be had -> why."""
+def rows_of(
+    names: Sequence[str], baselines: Sequence[str] | None, rows: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Row -> MODEL, and those of `baselines` that are MODELs and cannot be had -> why. rows: in place of those that
+    `names` and the runs' own baselines give."""
     absent = {}
     for word in baselines or ():
         if word not in run_folder.BASELINE_KINDS:
@@ -165,7 +168,9 @@ def rows_of(names: Sequence[str], baselines: Sequence[str] | None) -> tuple[dict
             except UserError as error:
                 absent[word] = str(error)
     there = None if baselines is None else [word for word in baselines if word not in absent]
-    return run_folder.rows(names, there), absent
+    if rows is None:
+        return run_folder.rows(names, there), absent
+    return {**rows, **{word: word for word in there or () if word not in run_folder.BASELINE_KINDS}}, absent
 
 
 def _names(chosen: Sequence[tuple[str, Any]]) -> str:

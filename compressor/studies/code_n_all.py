@@ -6,9 +6,17 @@ all variants; perplexity before and after the same fine-tuning; latency and spee
 
 from __future__ import annotations
 
+from typing import Any
+
 from .study import Member, Study
 
 SIZES = (4, 6, 8, 10)
+_BASELINES = ("benchmark.baselines=[pruned, dropped]",)  # of one member: each is trained as long as the member
+
+
+def _compressed(n: int) -> dict[str, Any]:
+    return {"rewrite": "compressed_n", "n": n, "collapse": "fit"}
+
 
 CODE_N_ALL = Study(
     name="code_n_all",
@@ -25,11 +33,14 @@ CODE_N_ALL = Study(
             {"metric": "perplexity", "max_tokens": 32768},
             "size",
             {"metric": "latency", "batch": [1, 8]},
+            {"metric": "imdb", "max_training": 1000, "max_examples": 500},
+            {"metric": "rouge", "max_examples": 100},
+            "generation",
         ]},
     },
     members=(
         *(Member(f"merged_{n}", {"rewrite": "merged_n", "n": n, "tie": True}) for n in SIZES),
-        *(Member(f"compressed_{n}", {"rewrite": "compressed_n", "n": n, "collapse": "fit"}) for n in SIZES),
+        *(Member(f"compressed_{n}", _compressed(n), _BASELINES if n == 6 else ()) for n in SIZES),
     ),
-    before=("perplexity", "size"),
+    before=("perplexity", "size", "generation"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from .. import artifacts, pipeline, recipe, report
+from .. import artifacts, pipeline, recipe, report, run_folder
 from ..benchmark import Report
 from ..errors import UserError
 from ..recipe import Recipe, parse_yaml
@@ -104,7 +104,7 @@ def _claim(folder: Path, study: Study, shared: Mapping[str, Any], session: Sessi
 
 
 def rows(folder: Path, recipes: Mapping[str, Recipe]) -> dict[str, str]:
-    """Row -> MODEL: the original, the control, and each member as rewritten and as recovered."""
+    """Row -> MODEL: the original, the control, and each member as rewritten and as recovered, with its baselines."""
     first, own = next(iter(recipes.items()))
     found = {"original": own.model}
     if own.finetune is not None:
@@ -113,14 +113,24 @@ def rows(folder: Path, recipes: Mapping[str, Recipe]) -> dict[str, str]:
         found[f"{name}: rewritten"] = str(folder / name / "rewritten")
         if own.finetune is not None:
             found[f"{name}: recovered"] = str(folder / name / "recovered")
+        for baseline, model in run_folder.baselines(folder / name).items():
+            found[f"{name}: {baseline}"] = str(model)
     return found
 
 
 def _benchmark(study: Study, folder: Path, recipes: Mapping[str, Recipe], session: Session) -> None:
     if (folder / "report.json").is_file() and not session.force:
         return
-    models = rows(folder, recipes)
-    shared = next(iter(recipes.values()))
-    only = {} if shared.finetune is None else {row: study.before for row in models if row.endswith(": rewritten")}
-    names = [str(folder / name) for name in recipes]
-    pipeline.run_benchmark(names, folder, shared.benchmark.metrics, {}, session, rows=models, only=only)
+    shared, models = next(iter(recipes.values())), rows(folder, recipes)
+    recovered = {} if shared.finetune is None else {row for row in models if row.endswith("recovered")}
+    before = [row for row in models if recovered and ": " in row and row not in recovered]
+    pipeline.run_benchmark(
+        [str(folder / name) for name in recipes],
+        folder,
+        shared.benchmark.metrics,
+        {},
+        session,
+        rows=models,
+        only=dict.fromkeys(before, study.before),
+        baselines=shared.benchmark.baselines,
+    )
