@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent / "compressor"
 # From the top. A module may import what stands on its own line or below, never above.
 STOREYS = [
     {"__main__"},
-    {"cli", "options", "show"},
+    {"cli", "options", "commands", "show"},
     {"studies"},
     {"pipeline"},
     {"steps"},

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from compressor.cli import COMMANDS
+from compressor.commands import build
 from compressor.errors import UserError
-from compressor.options import build, parse
+from compressor.options import parse
 
 
 def taken(line):
