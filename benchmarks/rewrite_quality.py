@@ -17,17 +17,18 @@ from typing import Any
 
 import transformers
 from tqdm import tqdm
+from transformers import GPT2Config
 
 from compressor import alignment, data, models
 from compressor.metrics.perplexity import perplexity
-from compressor.metrics.size import parameters
+from compressor.metrics.size import non_zero, parameters
 from compressor.rewrites import from_record
-from compressor.rewrites.compose import apply
+from compressor.rewrites.compose import apply, structure
 
 SIZES = (4, 6, 8, 10)
 
 
-def records() -> list[tuple[dict[str, Any], bool | None]]:
+def records(config: GPT2Config) -> list[tuple[dict[str, Any], bool | None]]:
     """(rewrite record, aligned) of every row; None: alignment plays no part."""
     rows: list[tuple[dict[str, Any], bool | None]] = []
     for aligned in (True, False):
@@ -43,6 +44,9 @@ def records() -> list[tuple[dict[str, Any], bool | None]]:
     for n in SIZES:
         for collapse in ("keep", "fit"):
             rows.append(({"rewrite": "compressed_n", "n": n, "collapse": collapse}, None))
+    for n in SIZES:  # baselines: as many blocks, as many parameters that are not 0
+        as_many = parameters(models.build(structure([from_record({"rewrite": "compressed_n", "n": n})], config)))
+        rows += [({"rewrite": "dropped_n", "n": n}, None), ({"rewrite": "pruned", "parameters": as_many}, None)]
     return rows
 
 
@@ -55,7 +59,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--selection-tokens", type=int, default=16384)
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--only", help="rows whose rewrite has this name")
+    parser.add_argument("--only", action="append", help="rows whose rewrite has this name; may stand several times")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
     options = parser.parse_args()
@@ -103,20 +107,22 @@ def main() -> None:
             return
         model = make(record, aligned if use_aligned is not False else unaligned)
         value = score(model, "test", options.max_tokens)
+        if record["rewrite"] == "dropped_n":
+            record = model.config.compression[0]  # with the layers that were chosen
         knobs = ", ".join(f"{key}={setting}" for key, setting in record.items() if key != "rewrite") + note
         word = {True: "yes", False: "no", None: "-"}[use_aligned]
         lines.append(
-            f"| {record['rewrite']} | {knobs} | {word} | {parameters(model):,} | {value:.2f} | {value / base:.3f} |"
+            f"| {record['rewrite']} | {knobs} | {word} | {non_zero(model):,} | {value:.2f} | {value / base:.3f} |"
         )
         tqdm.write(lines[-1], file=sys.stderr)
         done[key] = lines[-1]
         if options.state:
             options.state.write_text(json.dumps(done))
 
-    chosen = [row for row in records() if options.only in (None, row[0]["rewrite"])]
+    chosen = [row for row in records(opened.model.config) if options.only is None or row[0]["rewrite"] in options.only]
     for record, use_aligned in tqdm(chosen, desc="rewrites"):
         add(record, use_aligned)
-    if options.only in (None, "compressed_n"):
+    if options.only is None or "compressed_n" in options.only:
         n_layer = opened.model.config.n_layer
         for n in tqdm(SIZES, desc="best starts"):
             record = {"rewrite": "compressed_n", "n": n, "collapse": "fit"}
@@ -139,7 +145,7 @@ def main() -> None:
         f"over counted tokens. Window: the middle one, anchor middle. float32, seed 0, "
         f"{time.perf_counter() - started:.0f} s.",
         "",
-        "| rewrite | fields | aligned | parameters | perplexity | ratio |",
+        "| rewrite | fields | aligned | parameters not 0 | perplexity | ratio |",
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
     document = "\n".join([*head, *lines]) + "\n"
