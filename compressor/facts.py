@@ -91,8 +91,10 @@ def _work(recipe: Recipe, config: GPT2Config) -> int:
     tokens = aligned + FIT_TOKENS
     if recipe.search is not None and any(getattr(item, "start", None) == "best" for item in recipe.rewrites):
         tokens += recipe.search.max_tokens * config.n_layer // 2  # a candidate runs what follows its window
+    baselines = sum(word in run_folder.BASELINE_KINDS for word in recipe.benchmark.baselines)
+    tokens += FIT_TOKENS * baselines
     if recipe.finetune is not None:
-        jobs = 1 + recipe.finetune.control
+        jobs = 1 + recipe.finetune.control + baselines
         tokens += 3 * jobs * recipe.finetune.steps * recipe.finetune.batch_tokens  # forward and backward
     return statistics + flops_per_token(config) * tokens
 

@@ -67,6 +67,16 @@ def test_a_window_that_is_to_be_searched_for_stands_in_the_middle_or_where_there
     assert layers[0] == [2, 3] and layers[1] in ([0, 1], [4, 5])
 
 
+def test_the_work_grows_with_baselines_and_the_control(tiny_folder):
+    def work(*keys):
+        return plan(load("compressed_4", [f"model={tiny_folder}", "n=4", "finetune.steps=9", *keys]))["flops_to_make"]
+
+    alone, control = work("finetune.control=false"), work("finetune.control=true")
+    fit = facts.FIT_TOKENS * plan(load("compressed_4", [f"model={tiny_folder}", "n=4"]))["flops_per_token_before"]
+    two = work("finetune.control=false", "benchmark.baselines=[pruned, dropped, gpt2]")
+    assert two - alone == 2 * (control - alone + fit) > 0
+
+
 def test_layers_that_calibration_text_is_to_choose(tiny_folder):
     """The plan is made without the text, and without taking layers that another rewrite takes."""
     records = "rewrites=[{rewrite: dropped_n, n: 3}, {rewrite: soft_shared, n: 2, start: 2}]"
