@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,11 +52,10 @@ def provenance(
     """The provenance of what this process makes now."""
     from . import __version__
 
-    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
     return Provenance(
         version=__version__,
         commit=_commit(),
-        command=" ".join(arguments),
+        command=command_line(),
         seed=seed,
         base_model=base_model,
         base_hash=base_hash,
@@ -64,6 +64,11 @@ def provenance(
         threads=torch.get_num_threads(),
         dtype=dtype,
     )
+
+
+def command_line() -> str:
+    """What this process was started with, quoted as a shell needs it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _commit() -> str | None:
@@ -219,9 +224,10 @@ def _take_place(new: Path, path: Path) -> None:
 
 
 @contextmanager
-def new_files(folder: Path) -> Iterator[Path]:
+def new_files(folder: Path, *, instead_of: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder whose files go into `folder` together, over what is there, when the block ends well; else
-    nothing has changed. Raises UserError when the disk refuses."""
+    nothing has changed. instead_of: files that go where the block has not written them anew. Raises UserError when the
+    disk refuses."""
     folder = Path(os.path.abspath(folder))
     temporary = folder / (_UNFINISHED + "files")
     with _disk_errors(folder), _parents(temporary):
@@ -229,11 +235,17 @@ def new_files(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            files = sorted(temporary.iterdir(), key=lambda file: (file.suffix == ".json", file.name))  # facts come last
+            files = sorted(temporary.iterdir())
             for file in files:
                 if (folder / file.name).is_dir():
                     raise UserError(f"cannot write {folder / file.name}: there is a folder of that name")
+            facts = [file for file in files if file.suffix == ".json"]  # come last: a kill before leaves the old ones
             for file in files:
+                if file not in facts:
+                    os.replace(file, folder / file.name)
+            for name in set(instead_of) - {file.name for file in files}:
+                (folder / name).unlink(missing_ok=True)
+            for file in facts:
                 os.replace(file, folder / file.name)
             _fsync(folder)
         finally:

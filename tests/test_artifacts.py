@@ -194,6 +194,21 @@ def test_files_of_one_step_appear_together_or_not_at_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.safetensors", "kept"]
 
 
+def test_files_that_are_not_written_anew_go_when_the_others_come(tmp_path):
+    for name in ("old.png", "both.png", "notes"):
+        (tmp_path / name).write_text("old")
+    before = tree(tmp_path)
+    names = ("old.png", "both.png", "never.png", "facts.json")
+    with pytest.raises(RuntimeError), new_files(tmp_path, instead_of=names) as folder:
+        artifacts.write_bytes(folder / "both.png", b"new")
+        raise RuntimeError
+    assert tree(tmp_path) == before
+    with new_files(tmp_path, instead_of=names) as folder:
+        artifacts.write_bytes(folder / "both.png", b"new")
+        artifacts.write_bytes(folder / "facts.json", b"{}")
+    assert tree(tmp_path) == {"both.png": b"new", "facts.json": b"{}", "notes": b"old"}
+
+
 def test_files_do_not_replace_a_folder(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(UserError, match="folder of that name"), new_files(tmp_path) as folder:
@@ -226,6 +241,14 @@ def test_hash_is_over_contents_in_name_order(tmp_path):
     assert hash_files([tmp_path / "b", tmp_path / "a"]) == expected
     (tmp_path / "a").write_bytes(b"3")
     assert hash_files([tmp_path / "a", tmp_path / "b"]) != expected
+
+
+def test_a_command_can_be_given_to_a_shell_again(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["/usr/bin/gpt2-compress", "run", "benchmark.metrics=[{metric: size}]", "--run", "my runs"]
+    )
+    command = provenance(seed=0, base_model="", base_hash="", device="cpu", dtype="float32").command
+    assert command == "gpt2-compress run 'benchmark.metrics=[{metric: size}]' --run 'my runs'"
 
 
 def test_provenance_needs_no_git(monkeypatch):
