@@ -21,7 +21,7 @@ from .metrics import METRICS, MetricResult, Progress
 from .models import OpenModel
 
 # Two figures are compared only where these of their settings are the same.
-_COMPARED_UNDER = (
+COMPARED_UNDER = (
     "protocol",
     "context",
     "stride",
@@ -35,6 +35,7 @@ _COMPARED_UNDER = (
     "new_tokens",
     "prompt",
     "sentences",
+    "process",  # of latencies that came together from several reports: which one measured them
 )
 
 
@@ -78,10 +79,17 @@ class Report:
     metrics: tuple[dict[str, Any], ...] = ()  # what was asked for: {"metric": name, setting: value, ...}
     references: tuple[Row, ...] = ()  # what is measured without a model: majority class, first sentences
 
+    def baseline(self, result: MetricResult) -> MetricResult | None:
+        """The first row's figure of the same metric that was measured in the same way, else None."""
+        return next(
+            (other for other in self.rows[0].results if other.metric == result.metric and comparable(other, result)),
+            None,
+        )
+
     def ratio(self, row: Row, result: MetricResult) -> float | None:
         """`result` over the baseline's, where both are finite and measured in the same way, else None."""
-        same = [other for other in self.rows[0].results if other.metric == result.metric and _comparable(other, result)]
-        ratio = result.value / same[0].value if same and same[0].value else math.nan
+        base = self.baseline(result)
+        ratio = result.value / base.value if base is not None and base.value else math.nan
         return ratio if math.isfinite(ratio) else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,9 +143,10 @@ class Report:
         return cls(rows, Provenance(**body["provenance"]), tuple(body.get("metrics", ())), references)
 
 
-def _comparable(one: MetricResult, other: MetricResult) -> bool:
+def comparable(one: MetricResult, other: MetricResult) -> bool:
+    """Whether two figures of one metric were measured in the same way."""
     per_unit = {"per token": ("tokens",), "per word": ("words",)}.get(one.unit, ())  # another tokenizer, other tokens
-    return all(one.settings.get(name) == other.settings.get(name) for name in (*_COMPARED_UNDER, *per_unit))
+    return all(one.settings.get(name) == other.settings.get(name) for name in (*COMPARED_UNDER, *per_unit))
 
 
 class Memory:

@@ -1,0 +1,85 @@
+"""Which figures belong together, and how gaps are numbered."""
+
+from __future__ import annotations
+
+import planted
+import pytest
+from planted import imdb, perplexity, report, row
+
+from compressor.benchmark import Gap
+from compressor.metrics import METRICS
+from compressor.report.figures import GIVES, TASKLESS, Gaps, family, interval, member, part, scaled, ways
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("recovered", ("", "recovered")),
+        ("mine: control", ("mine", "control")),
+        ("a: b: rewritten", ("a: b", "rewritten")),
+        ("original", ("original", "")),
+        ("gpt2: large", ("gpt2: large", "")),
+        ("my recovered", ("my recovered", "")),
+        (": control", ("", "control")),
+    ],
+)
+def test_the_run_and_the_step_of_a_row(name, expected):
+    assert part(name) == expected
+
+
+def test_every_metric_says_what_it_gives():
+    assert set(TASKLESS) <= set(GIVES)
+    assert family("rougeL") == "rouge" and family("word_perplexity") == "perplexity" and family("other") == "other"
+    assert set(METRICS) <= set(GIVES), "a metric whose figures have no place in the report"
+
+
+def test_a_runs_own_control_comes_before_a_shared_one():
+    rows = [row("original", []), row("control", []), row("a: control", []), row("a: recovered", [])]
+    assert member(report(*rows), "a", "control").name == "a: control"
+    assert member(report(*rows), "b", "control").name == "control"
+    assert member(report(*rows), "b", "recovered") is None
+
+
+def test_ways_come_in_order_and_take_in_gaps_of_their_own():
+    rows = (
+        row("a", [*perplexity(2.0), *perplexity(3.0, "lm-eval")]),
+        row("b", perplexity(3.0, "lm-eval"), Gap("perplexity", {"protocol": "strided"}, "why")),
+        row("c", [], Gap("perplexity", {"context": 17}, "why not")),
+    )
+    found = ways(report(*rows), "perplexity")
+    assert [way.settings.get("protocol") for way in found] == ["strided", "lm-eval", None]
+    gaps = Gaps(report(*rows))
+    assert [gaps.mark(rows[1], way) for way in found] == ["gap [1]", "-", "-"]
+    assert [gaps.mark(rows[2], way) for way in found] == ["-", "-", "gap [2]"]
+
+
+def test_gaps_are_numbered_by_reason_and_name_their_models():
+    rows = [row(name, imdb(0.8) if name == "b" else [], Gap("rouge", {}, "no data")) for name in "abc"]
+    rows.append(row("d", [], Gap("rouge", {"count": 5}, "no data"), Gap("imdb", {}, "too long")))
+    found = Gaps(report(*rows)).reasons
+    assert [(item.number, item.what, item.models) for item in found] == [
+        (1, "rouge", ("a", "b", "c")),
+        (2, "rouge (count=5)", ("d",)),
+        (3, "imdb", ("d",)),
+    ]
+
+
+def test_intervals_need_both_ends():
+    (figure,) = imdb(0.8)
+    assert interval(figure) == (0.78, pytest.approx(0.82))
+    for spread in (
+        None,
+        {"standard_error": 1.0},
+        {"low": 0.1},
+        {"low": None, "high": 1.0},
+        {"low": 0, "high": float("inf")},
+    ):
+        assert interval(type(figure)(**{**vars(figure), "spread": spread})) is None
+    assert planted.perplexity(2.0)[0].spread and interval(planted.perplexity(2.0)[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(497_759_232, "497.8 M"), (1_557_611_200, "1.6 G"), (9_990, "10.0 k"), (12, "12 ")]
+)
+def test_scaled(value, shown):
+    assert scaled(value) == shown
