@@ -134,7 +134,7 @@ def test_a_compressed_model_is_not_compressed_again(made_run, tmp_path, text_fil
 def test_a_rewrite_writes_a_model_and_its_report(made_run, tiny_folder):
     names = {path.name for path in (made_run / "rewritten").iterdir()}
     assert names == {
-        *("config.json", "generation_config.json", "model.safetensors", "report.json"),
+        *("config.json", "generation_config.json", "model.safetensors", "report.json", "README.md"),
         *("tokenizer.json", "tokenizer_config.json"),
         *("configuration_gpt2_compressed.py", "modeling_gpt2_compressed.py", "shared_ffn.py"),
     }
@@ -392,7 +392,14 @@ def test_a_report_is_not_overwritten_unasked_nor_lost(made_run, tmp_path, sessio
     before = tree(out)
     with pytest.raises(UserError, match="has a report already"):
         pipeline.run_benchmark([str(made_run)], out, ["size"], {}, session)
-    monkeypatch.setattr(report, "document", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
+    real = artifacts.write_bytes
+
+    def full(path, content):
+        if path.name == "report.md":
+            raise OSError(28, "full")
+        real(path, content)
+
+    monkeypatch.setattr(artifacts, "write_bytes", full)
     with pytest.raises(UserError, match="cannot write"):
         pipeline.run_benchmark([str(made_run)], out, SHORT, {}, forced(session))
     assert {name: content for name, content in tree(out).items() if name != "measured.json"} == before

@@ -18,7 +18,8 @@ from ..models import Checkpoint, OpenModel
 from ..recipe import Finetune
 from ..rewrites import Rewrite, from_record
 from ..run_folder import Aligned
-from ..session import ANYWHERE, Columns, Session
+from ..session import ANYWHERE, Columns, Notice, Session
+from . import cards
 from .inputs import Part, open_base, part
 
 CHECKPOINTS = "checkpoints"
@@ -231,7 +232,7 @@ def _train(
     body: dict[str, Any] = {}
     with session.alone() as here:
         if here:
-            body = _save(place / job.name, opened, job, result, given, origin)
+            body = _save(place / job.name, opened, job, result, given, origin, session.notice)
             training_state.remove(state)
             _remove_empty(place / CHECKPOINTS)
     return session.processes.all_gather(body)[0]
@@ -253,20 +254,25 @@ def _save(
     result: Recovery,
     given: Mapping[str, Any],
     origin: artifacts.Provenance,
+    notice: Notice,
 ) -> dict[str, Any]:
     earlier = verify.made(opened.folder, opened.model.config)
     with artifacts.new_folder(target, force=True) as folder:
         models.save(opened.model, folder, opened.tokenizer, opened.stored_dtype)
         count = parameters(opened.model)
         best = next(row for row in result.evaluations if row.step == result.best_step)
+        sizes = {
+            "layers": opened.model.config.n_layer,
+            "parameters": count,
+            "bytes": weight_bytes(folder),
+            "flops_per_token": flops_per_token(opened.model),
+        }
+        original = {**sizes, "bytes": weight_bytes(opened.folder)}  # the control's; a rewritten model's report tells
         body = {
             "made_from": dict(given),
             "rewrites": [item.record() for item in job.rewrites],
-            "layers": opened.model.config.n_layer,
-            "parameters": count,
-            "parameters_before": earlier["parameters_before"] if earlier else count,
-            "bytes": weight_bytes(folder),
-            "flops_per_token": flops_per_token(opened.model),
+            **sizes,
+            **{f"{name}_before": (earlier or {}).get(f"{name}_before", original[name]) for name in sizes},
             "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
             "probe": models.probe(opened.model.float()),
             "selection_perplexity": {
@@ -276,6 +282,7 @@ def _save(
             "recovery": dataclasses.asdict(result),
         }
         artifacts.write_json(folder / verify.REPORT, verify.RECOVERY, body, origin)
+        cards.leave(folder, opened.model.config, target, notice)
     return body
 
 

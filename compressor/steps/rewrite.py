@@ -18,6 +18,7 @@ from ..rewrites.compose import apply, check, choose
 from ..run_folder import Aligned
 from ..session import Session
 from ..windows import Window
+from . import cards
 from .inputs import calibration_blocks, open_base
 from .search import found_windows, windows_file
 
@@ -102,6 +103,7 @@ def write_model(
         }
         texts = {"calibration": {**aligned.calibration, "tokens": calibration.tokens}}
         artifacts.write_json(folder / verify.REPORT, kind, body, session.origin(base, texts))
+        cards.leave(folder, model.config, target, session.notice)
     return body
 
 
