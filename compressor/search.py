@@ -69,6 +69,23 @@ def search_windows(
     )
 
 
+def score_original(
+    rewrite: Rewrite,
+    original: GPT2LMHeadModel,
+    alignments: Alignments,
+    selection: TokenBlocks,
+    *,
+    calibration: TokenBlocks | None = None,
+    others: Sequence[Rewrite] = (),
+    seed: int = 0,
+) -> Candidate:
+    """The model as it is without the rewrite, as the empty plan: no competitor of the windows, but what each is to be
+    measured by. Arguments as of `search_windows`."""
+    scorer = PlanScorer(rewrite, original, alignments, selection, calibration=calibration, others=others, seed=seed)
+    (nll,) = scorer([()], range(len(selection.ids)))
+    return Candidate((), tuple(nll), sum(scorer.block_tokens))
+
+
 def allowed_windows(
     rewrite: Rewrite,
     base: GPT2Config,

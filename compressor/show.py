@@ -132,6 +132,9 @@ def windows(run: str, body: dict[str, Any]) -> str:
     for row in rows:
         score = "-" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
         lines.append(f"{_plan_name(row['windows']):18}  {score:>10}  {_behind(row, body['winner'])}")
+    if body.get("original"):
+        whole = body["original"]["perplexity"]
+        lines.append(f"{'the original':18}  {'-' if whole is None else f'{whole:.2f}':>10}")
     near = [_plan_name(row["windows"]) for row in body["candidates"] if row["indistinguishable"] and row["windows"]]
     lines.append("")
     lines.append(f"{run}/windows.json: best is {_plan_name(body['winner'])}")
@@ -178,10 +181,15 @@ def recovery(run: str, bodies: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def written(folder: str) -> str:
+    """Where a report is."""
+    return f"written to {folder}: report.html with the plots, report.md, report.json"
+
+
 def run(folder: str, rows: list[str]) -> str:
     """Where to go from a finished run."""
     model = f"{folder}/{'recovered' if 'recovered' in rows else 'rewritten'}"
     return (
-        f"{model} opens with from_pretrained; `gpt2-compress verify {folder}` proves it; {folder}/report.md has the "
-        "tables and the picture"
+        f"{model} opens with from_pretrained; `gpt2-compress verify {folder}` proves it; {folder}/report.html has the "
+        "tables and the plots"
     )

@@ -116,7 +116,11 @@ def test_scores_are_those_of_a_full_evaluation_of_each_rewrite(aligned_run, tiny
     for row, wanted in zip(body["candidates"], expected.values(), strict=True):
         assert row["block_nll"] == pytest.approx(wanted, rel=1e-6)
         assert row["tokens"] == int(selection.mask[:, 1:].sum()) == sum(body["block_tokens"])
+    whole = token_nll(original, selection.ids, selection.mask).sum(1).tolist()
+    assert body["original"]["block_nll"] == pytest.approx(whole, rel=1e-6) and body["original"]["windows"] == []
     best = min(expected, key=lambda start: sum(expected[start]))
+    behind = (sum(whole) - sum(expected[best])) / sum(body["block_tokens"])
+    assert body["original"]["behind"] == pytest.approx(behind, rel=1e-4)
     assert [item["start"] for item in body["winner"]] == [best]
     for row, wanted in zip(body["candidates"], expected.values(), strict=True):
         behind = (sum(wanted) - sum(expected[best])) / row["tokens"]
@@ -207,7 +211,8 @@ def test_a_finished_search_is_not_done_again(searched_run, session, scored):
     search(searched_run, session)
     assert scored == [] and tree(searched_run) == before
     search(searched_run, forced(session))
-    assert len(scored) == 4 and tree(searched_run) == before
+    assert [plan for plan, _ in scored].count(()) == 1  # the original, beside the four windows
+    assert len(scored) == 5 and tree(searched_run) == before
 
 
 def test_a_race_is_gone_on_with_to_the_whole_table(aligned_run, searched_run, session, scored):
@@ -221,7 +226,8 @@ def test_a_race_is_gone_on_with_to_the_whole_table(aligned_run, searched_run, se
         assert row["block_nll"] == pytest.approx(other["block_nll"], rel=1e-6)
         assert {**row, **dict.fromkeys(ROUNDED)} == {**other, **dict.fromkeys(ROUNDED)}
     total = sum(len(blocks) for _, blocks in scored)
-    assert total == 4 * len(body["block_tokens"]) and raced < total
+    assert total == 5 * len(body["block_tokens"]) and raced < total  # the original was scored once
+    assert body["original"]["nll"] == stored["original"]["nll"]
 
 
 def test_another_search_is_refused_and_loses_nothing(searched_run, tiny_folder, text_file, tmp_path, session):

@@ -14,13 +14,14 @@ from ..errors import UserError
 from ..fields import parameter_count
 from ..plans import PlanResult, search_plan
 from ..recipe import Search
+from ..report import story
 from ..rewrites import Rewrite, from_record
 from ..rewrites.base import WindowRewrite
 from ..rewrites.compose import check
 from ..run_folder import Aligned
-from ..search import allowed_windows, search_windows
+from ..search import allowed_windows, score_original, search_windows
 from ..session import ANYWHERE, Columns, Session
-from ..windows import Candidate, Plan, Race, SearchResult, Window
+from ..windows import Candidate, Plan, Race, SearchResult, Window, compared
 from .inputs import calibration_blocks, open_base, part
 
 KIND = "windows"
@@ -152,6 +153,14 @@ def search(
                 strategy=settings.strategy, count=settings.count, **shared,  # type: ignore[arg-type]
             )  # fmt: skip
             result = body(found, True)
+            if session.main:
+                if earlier is not None and "original" in earlier:
+                    whole = Candidate.from_dict(earlier["original"])
+                else:
+                    same = {name: shared[name] for name in ("calibration", "others", "seed")}
+                    whole = score_original(wanted, base.model, aligned.alignments, selection.blocks, **same)  # type: ignore[arg-type]
+                (whole,) = compared([whole], found.winner, found.block_tokens)
+                result["original"] = whole.to_dict()
         else:
             plans = search_plan(
                 wanted, base.model, aligned.alignments, selection.blocks, settings.target_parameters,
@@ -188,6 +197,17 @@ def found_windows(run: Path, rewrite: Rewrite, aligned: Aligned) -> Plan | None:
         and scored["base"] == aligned.base_hash
     )
     return winner(document) if fits else None
+
+
+def told(run: Path) -> story.Search | None:
+    """The finished search in a run folder as a report tells it; None where there is none."""
+    path = windows_file(run)
+    document = _read(path) if path.is_file() else None
+    if document is None or not document["complete"]:
+        return None
+    whole = [document["original"]] if "original" in document else []
+    candidates = tuple(_candidate(item) for item in (*document["candidates"], *whole))
+    return story.Search(document["scored"]["rewrite"]["rewrite"], candidates, winner(document))
 
 
 def searched_with(run: Path) -> dict[str, Any]:
@@ -244,6 +264,8 @@ def _read(path: Path) -> dict[str, Any]:
             fields.typed("scored", key, document["scored"][key], kind)
         from_record(document["scored"]["rewrite"])
         plans = [_candidate(item).windows for item in document["candidates"]]
+        if "original" in document:
+            _candidate(document["original"])
         if document["complete"] and winner(document) not in plans:
             raise UserError("the winner is none of the candidates")
     except (KeyError, TypeError, AttributeError, UserError) as error:
