@@ -276,7 +276,14 @@ def _benchmark(options: argparse.Namespace, overrides: list[str], notices: list[
         columns=pipeline.Columns(options.text_column, options.split),
         others=[] if options.baselines is None else options.baselines.split(","),
     )
-    return _print(options, result.to_dict(), f"{report.table(result)}\n\nwritten to {options.out}")
+    return _print(options, result.to_dict(), f"{report.table(result)}\n\n{show.written(str(options.out))}")
+
+
+def _report(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
+    from . import pipeline, report
+
+    result = pipeline.gather(options.runs, options.out, _session(options, notices))
+    return _print(options, result.to_dict(), f"{report.table(result)}\n\n{show.written(str(options.out))}")
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
@@ -312,6 +319,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], list[str]], int]] =
     "benchmark": _benchmark,
     "run": _run,
     "study": _study,
+    "report": _report,
     "inspect": _inspect,
     "verify": _verify,
     "export": _export,

@@ -40,7 +40,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         "  gpt2-compress align --model gpt2 --data wikitext --run runs/mine\n"
         "  gpt2-compress rewrite --run runs/mine --rewrite soft_shared --n 4 --rank 8\n"
         "  gpt2-compress finetune --run runs/mine --steps 100 --control\n"
-        "  gpt2-compress benchmark runs/mine --out runs/mine/report --data wikitext",
+        "  gpt2-compress benchmark runs/mine --out runs/mine --data wikitext",
     )
     parser.add_argument("--version", action="version", version=f"gpt2-compress {__version__}")
     group = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
@@ -70,6 +70,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     _benchmark(command)
     _run(command)
     _study(command)
+    _report(command)
     inspect = command("inspect", "what a model or a run is", "inspect runs/mine")
     inspect.add_argument("path", metavar="PATH", help=_MODEL)
     verify = command("verify", "reopen in a fresh process: logits, cache, parameters, bytes", "verify runs/mine")
@@ -295,3 +296,14 @@ def _benchmark(command: Command) -> None:
     )
     bench.add_argument("--max-tokens", type=_tokens, metavar="N", help="score the first N tokens only (default: all)")
     _columns(bench)
+
+
+def _report(command: Command) -> None:
+    gathered = command(
+        "report",
+        "one report of the reports of several runs: tables, plots, a page",
+        "report runs/merged_4 runs/compressed_4 --out runs/both",
+        "report runs/mine bench --out all --json",
+    )
+    gathered.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder that `benchmark` wrote")
+    gathered.add_argument("--out", required=True, metavar="DIR", type=_folder, help="where the report goes")

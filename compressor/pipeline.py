@@ -25,6 +25,7 @@ from .search import allowed_windows
 from .session import ANYWHERE, Columns, Session, lasting_specs, must_be_folder
 from .steps import baselines
 from .steps.align import align
+from .steps.gather import gather
 from .steps.measure import CLASSIFIERS, MEASURED, check_place, reported, rows_of, run_benchmark, what_on
 from .steps.prove import export, verify_model
 from .steps.recover import CHECKPOINTS, finetune
@@ -38,6 +39,7 @@ __all__ = [
     "compare",
     "export",
     "finetune",
+    "gather",
     "inspect",
     "make",
     "plan",

@@ -113,6 +113,7 @@ def rows(names: Sequence[str], others: Sequence[str] | None = None) -> dict[str,
     kinds = BASELINE_KINDS if others is None else [word for word in others if word in BASELINE_KINDS]
     found: dict[str, str] = {}
     places: dict[Path, str] = {}
+    before = prefixes(names)
 
     def add(row: str, model: str) -> None:
         place = models.locate(model).resolve()
@@ -131,13 +132,21 @@ def rows(names: Sequence[str], others: Sequence[str] | None = None) -> dict[str,
             raise UserError(f"{name} has no rewritten model yet; `gpt2-compress rewrite --run {name}` makes one")
         if models.locate(base).resolve() not in places:
             add("original" if len(names) == 1 else base, base)
-        short = folder.resolve().name
-        prefix = "" if len(names) == 1 else f"{short if f'{short}: rewritten' not in found else name}: "
         for step, model in (made_here | baselines(folder, kinds)).items():
-            add(prefix + step, str(model))
+            add(f"{before[name]}: {step}" if before[name] else step, str(model))
     for word in others or ():
         if word not in BASELINE_KINDS and models.locate(word).resolve() not in places:
             add(word, word)
+    return found
+
+
+def prefixes(names: Sequence[str]) -> dict[str, str]:
+    """Run folder -> what stands before its rows: its own name, the whole path where two have one name; nothing where it
+    is alone."""
+    found: dict[str, str] = {}
+    for name in filter(is_run, names):
+        short = Path(name).expanduser().resolve().name
+        found[name] = "" if len(names) == 1 else name if short in found.values() else short
     return found
 
 

@@ -62,7 +62,8 @@ def test_every_step_of_a_recipe(tmp_path, tiny_folder, text_file, session):
     assert [row.name for row in result.rows] == ["original", "control", "rewritten", "recovered"]
     assert load(str(run / "recipe.yaml")) == chosen
     files = {"recipe.yaml", "alignment.json", "alignment.safetensors", "windows.json", "rewritten", "control",
-             "recovered", "report.json", "report.md", "perplexity_by_parameters.png"}  # fmt: skip
+             "recovered", "report.json", "report.md", "report.html", "perplexity_by_parameters.png", "windows.png",
+             "recovery.png", "alignment.png"}  # fmt: skip
     assert {path.name for path in run.iterdir()} == files
     windows = json.loads((run / "windows.json").read_text())
     assert windows["complete"] and len(windows["candidates"]) == 3

@@ -16,6 +16,8 @@ from ..errors import UserError
 from ..metrics import MetricResult
 from ..models import Checkpoint, OpenModel
 from ..session import ANYWHERE, Columns, Session, must_be_folder
+from . import cards
+from .story import stories
 
 MEASURED = "measured.json"  # in --out, until the report is written
 CLASSIFIERS = "classifiers"
@@ -140,8 +142,8 @@ def run_benchmark(
         session.notice(f"warning: no figures of {model}: {reason}")
         gaps = tuple(benchmark.Gap(metric, settings, reason) for metric, settings in chosen)
         result = dataclasses.replace(result, rows=(*result.rows, benchmark.Row(model, model, (), gaps=gaps)))
-    with artifacts.new_files(out) as folder:
-        report.write(folder, result)
+    cards.renew(names, result, session.notice)
+    report.write(out, result, stories(names, session.notice))  # last: where it is, all is done
     artifacts.remove(out / MEASURED)
     return result
 
