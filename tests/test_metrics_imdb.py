@@ -396,6 +396,7 @@ def test_seeds_and_epochs_are_settings(opened, data, tuned):
         imdb.measure(opened, data, head="finetune", seeds=1, epochs=2, batch_rows=64, max_training=80, max_examples=20)
     )
     assert one.spread["std"] is None and len(one.spread["seeds"]) == 1
+    assert one.settings["learning_rate"] == 0.08 / 32
     assert one.details[0]["steps"] == math.ceil(2 * 80 / 64)
 
 

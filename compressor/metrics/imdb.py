@@ -26,8 +26,9 @@ from .probe import features, fit_probe, fit_words
 
 HEADS = ("probe", "finetune")
 _CONTEXT = 256  # where the model has room for it
-_TUNING = {"epochs": 1, "seeds": 3, "batch_rows": 16, "learning_rate": 1e-4}
-SETTINGS = frozenset({"head", "context", "max_training", "max_examples", "batch_tokens", *_TUNING})
+_TUNING = {"epochs": 1, "seeds": 3, "batch_rows": 16}
+_RATE = 0.08  # learning rate times d: of those tried the best at d 128 and 256, and 1e-4 for GPT-2 small
+SETTINGS = frozenset({"head", "context", "max_training", "max_examples", "batch_tokens", "learning_rate", *_TUNING})
 
 
 def measure(
@@ -39,7 +40,7 @@ def measure(
     (a classification head; a copy of the model is trained as a whole). context=256, or as many tokens as the model
     takes. max_training, max_examples: at most so many training rows (and a quarter of it as selection rows) and test
     rows; all of them by default. batch_tokens: of a forward pass. For finetune only: epochs=1; seeds=3, how many
-    trainings, of which the value is the mean; batch_rows=16, of a step; learning_rate=1e-4.
+    trainings, of which the value is the mean; batch_rows=16, of a step; learning_rate=0.08 / d.
     folder: where finetune saves the classifier that did best on the selection part.
 
     Raises UserError for settings that are not allowed and for data that leaves a part without one of the classes.
@@ -98,7 +99,8 @@ def _asked(
         raise unknown("head of imdb", str(head), HEADS)
     if tuning and head != "finetune":
         raise UserError(f"{next(iter(tuning))} is a setting of head 'finetune'; the head is {head!r}")
-    tuning = {**_TUNING, **tuning} if head == "finetune" else {}
+    if head == "finetune":
+        tuning = {**_TUNING, "learning_rate": _RATE / subject.model.config.n_embd, **tuning}
     for name, value in tuning.items():
         if name != "learning_rate":
             whole(name, value, 1)
