@@ -26,7 +26,7 @@ from .session import ANYWHERE, Columns, Session, lasting_specs, must_be_folder
 from .steps import baselines
 from .steps.align import align
 from .steps.gather import gather
-from .steps.measure import CLASSIFIERS, MEASURED, check_place, reported, rows_of, run_benchmark, what_on
+from .steps.measure import CLASSIFIERS, MEASURED, check_place, named_for, reported, rows_of, run_benchmark, what_on
 from .steps.prove import export, verify_model
 from .steps.recover import CHECKPOINTS, finetune
 from .steps.rewrite import rewrite
@@ -141,6 +141,8 @@ def _check(recipe: Recipe, session: Session, columns: Columns) -> None:
             if data.overlap(facts, data.describe(text)):
                 raise UserError(f"data.{other} and data.{part} share text ({text.source}); give each its own")
         described[part] = data.describe(text)
+    for metric, source in recipe.benchmark.data.items():
+        named_for(metric, source)
 
 
 def _searched(recipe: Recipe) -> int | None:
@@ -270,7 +272,8 @@ def _benchmark(folder: Path, recipe: Recipe, session: Session) -> None:
         metrics = [
             {"metric": metric, **settings} for metric, settings in benchmark.check_metrics(recipe.benchmark.metrics)
         ]
-        texts, _ = what_on([entry["metric"] for entry in metrics], [str(folder)], {}, ANYWHERE, session)
+        measured = [entry["metric"] for entry in metrics]
+        texts, _ = what_on(measured, [str(folder)], recipe.benchmark.data, ANYWHERE, session)
         test = {metric: reported(text).fingerprint for metric, text in texts.items()}
         same = (
             {row.name for row in earlier.rows} == now.keys() | absent.keys()
@@ -284,7 +287,8 @@ def _benchmark(folder: Path, recipe: Recipe, session: Session) -> None:
             )
         artifacts.remove(folder / MEASURED)  # killed between the report and this
         return
-    run_benchmark([str(folder)], folder, recipe.benchmark.metrics, {}, session, baselines=recipe.benchmark.baselines)
+    asked = recipe.benchmark
+    run_benchmark([str(folder)], folder, asked.metrics, asked.data, session, baselines=asked.baselines)
 
 
 def compare(

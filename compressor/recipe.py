@@ -107,9 +107,16 @@ class Finetune:
 class Benchmark:
     metrics: list = field(default_factory=lambda: ["perplexity", "latency", "size"])
     baselines: list = field(default_factory=list)  # rows to compare with: pruned, dropped, or a MODEL
+    data: dict = field(default_factory=dict)  # metric -> D, where it is not the recipe's or the metric's own
 
     def __post_init__(self) -> None:
         run_folder.check_baselines(self.baselines)
+        measured = [metric for metric, _ in benchmark.check_metrics(self.metrics)]
+        for metric, source in self.data.items():
+            if metric not in measured or benchmark.METRICS[metric].data is None:
+                raise UserError(f"benchmark.data: {metric!r} is not measured here or needs none")
+            if not isinstance(source, str):
+                raise UserError(f"benchmark.data.{metric} is {source!r}; allowed: a D as a string")
 
 
 @dataclass(frozen=True)
@@ -248,7 +255,6 @@ def from_plain(record: Mapping[str, Any]) -> Recipe:
     if not isinstance(rewrites, list) or not rewrites or not all(isinstance(item, dict) for item in rewrites):
         raise UserError(f"rewrites is {rewrites!r}; allowed: a list of rewrites such as [{{rewrite: soft_shared}}]")
     metrics = fields.from_record(Benchmark, _section(record, "benchmark"), "benchmark")
-    benchmark.check_metrics(metrics.metrics)
     sources = record.get("data", "demo")
     data.specs(sources)
     seed = fields.typed("recipe", "seed", record.get("seed", 0), int)

@@ -132,6 +132,7 @@ def test_missing_keys_take_their_defaults(write):
         ("seed=7", lambda r: r.seed, 7),
         ("model=a=b", lambda r: r.model, "a=b"),
         ("benchmark.metrics=[size]", lambda r: r.benchmark.metrics, ["size"]),
+        ("benchmark.data={perplexity: my.txt}", lambda r: r.benchmark.data, {"perplexity": "my.txt"}),
         ("benchmark.baselines=[pruned, gpt2]", lambda r: r.benchmark.baselines, ["pruned", "gpt2"]),
         (
             "data={calibration: a, selection: b, training: c, test: d}",
@@ -189,6 +190,9 @@ def test_with_several_rewrites_a_bare_key_is_an_error_that_names_the_dotted_ones
         ("rewrites=[{rewrite: soft-shared}]", "unknown rewrite 'soft-shared' (did you mean 'soft_shared'?)"),
         ("benchmark.metrics=[perplexty]", "unknown metric 'perplexty' (did you mean 'perplexity'?)"),
         ("benchmark.metrics=size", "allowed: a list"),
+        ("benchmark.data={imdb: imdb}", "benchmark.data: 'imdb' is not measured here or needs none"),
+        ("benchmark.data={size: imdb}", "benchmark.data: 'size' is not measured here or needs none"),
+        ("benchmark.data={perplexity: [a]}", "benchmark.data.perplexity is ['a']; allowed: a D as a string"),
         ("benchmark.baselines=pruned", "benchmark: baselines is 'pruned'; allowed: a list"),
         (
             "benchmark.baselines=[pruned, 3]",

@@ -9,7 +9,7 @@ import pytest
 from conftest import forced, make_text, tree
 from datasets import Dataset
 
-from compressor import artifacts, pipeline, report
+from compressor import artifacts, pipeline, recipe, report
 from compressor.artifacts import provenance
 from compressor.errors import UserError
 from compressor.metrics import METRICS, Metric, MetricResult
@@ -94,6 +94,27 @@ def test_a_task_without_data_is_a_gap_and_a_notice(tasks, session, notices, tiny
     with pytest.raises(UserError, match="could not be fetched"):
         pipeline.run_benchmark([str(tiny_folder)], tmp_path / "other", ["sorting"], {"": str(text_file)}, session)
     assert not (tmp_path / "other" / "report.json").exists()
+
+
+def test_a_recipe_names_the_data_of_its_tasks(tasks, session, tiny_folder, reviews, articles, text_file, tmp_path):
+    def record(source):
+        return recipe.from_plain(
+            {
+                "model": str(tiny_folder),
+                "data": str(text_file),
+                "align": {"max_tokens": 500},
+                "rewrites": [{"rewrite": "compressed_n", "n": 2, "start": 2, "collapse": "keep"}],
+                "finetune": None,
+                "benchmark": {"metrics": ["sorting", "size"], "data": {"sorting": str(source)}},
+            }
+        )
+
+    with pytest.raises(UserError, match="has no column for the label"):
+        pipeline.run(tmp_path / "run", record(articles), session)
+    assert not (tmp_path / "run").exists()
+    for _ in range(2):  # the second time there is nothing left to do
+        made = pipeline.run(tmp_path / "run", record(reviews), session)
+        assert [row.find("rows").value for row in made.rows] == [6, 6]
 
 
 # ---------------------------------------------------------------- memory

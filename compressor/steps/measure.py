@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +22,11 @@ from .story import stories
 
 MEASURED = "measured.json"  # in --out, until the report is written
 CLASSIFIERS = "classifiers"
-_LOAD: dict[str, Callable[..., Any]] = {"labelled": examples.labelled, "summaries": examples.summaries}
+_LOAD: dict[str, Callable[..., Any]] = {
+    "text": partial(data.text, part="all"),
+    "labelled": examples.labelled,
+    "summaries": examples.summaries,
+}
 
 
 class _Opened(Mapping[str, OpenModel]):
@@ -194,6 +199,13 @@ def _warn(names: Sequence[str], found: Mapping[str, Checkpoint], texts: Mapping[
 # ---------------------------------------------------------------- what is measured on
 
 
+def named_for(metric: str, spec: str, columns: Columns = ANYWHERE) -> Any:
+    """What a metric measures on, of the D that was named for it. Raises UserError where that is none for it."""
+    kind = METRICS[metric].data
+    assert kind is not None
+    return _LOAD[kind](spec, text_column=columns.text_column, split=columns.split)
+
+
 def what_on(
     metrics: Sequence[str], names: Sequence[str], sources: Mapping[str, str], columns: Columns, session: Session
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -212,7 +224,7 @@ def what_on(
                 texts[metric] = (
                     run_folder.test_text(metric, names, columns.text_column, columns.split)
                     if spec is None
-                    else data.text(spec, "all", text_column=columns.text_column, split=columns.split)
+                    else named_for(metric, spec, columns)
                 )
             except UserError as error:
                 if spec is not None or len(metrics) == 1:
@@ -221,12 +233,12 @@ def what_on(
         elif kind is not None:
             spec = sources.get(metric)
             if spec is not None:
-                texts[metric] = _LOAD[kind](spec, text_column=columns.text_column, split=columns.split)
+                texts[metric] = named_for(metric, spec, columns)
                 continue
             standard = "demo" if run_folder.of_the_demo(names) else METRICS[metric].standard
             for offered in [item for item in (sources.get(""), standard) if item is not None]:
                 try:
-                    texts[metric] = _LOAD[kind](offered)
+                    texts[metric] = named_for(metric, offered)
                 except UserError as error:
                     missing[metric] = str(error)
                     continue

@@ -128,7 +128,7 @@ def _benchmark(study: Study, folder: Path, recipes: Mapping[str, Recipe], sessio
         [str(folder / name) for name in recipes],
         folder,
         shared.benchmark.metrics,
-        {},
+        shared.benchmark.data,
         session,
         rows=models,
         only=dict.fromkeys(before, study.before),
