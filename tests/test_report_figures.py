@@ -8,7 +8,7 @@ from planted import imdb, perplexity, report, row
 
 from compressor.benchmark import Gap
 from compressor.metrics import METRICS
-from compressor.report.figures import GIVES, TASKLESS, Gaps, family, interval, member, part, scaled, ways
+from compressor.report.figures import GIVES, TASKLESS, Gaps, family, interval, listed, member, named, part, scaled, ways
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,8 @@ def test_intervals_need_both_ends():
 )
 def test_scaled(value, shown):
     assert scaled(value) == shown
+
+
+def test_models_in_a_sentence():
+    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
+    assert named(["a", "b"]) == "a and b" and named("abcd") == "4 models"

@@ -7,7 +7,7 @@ from planted import generation, imdb, latency, perplexity, report, rouge, row, s
 
 from compressor.benchmark import Gap, Report
 from compressor.report.figures import Gaps
-from compressor.report.summary import findings, listed, results, tiles
+from compressor.report.summary import findings, results, tiles
 
 
 def said(whole: Report) -> str:
@@ -98,7 +98,3 @@ def test_tiles_of_few_models_only():
         "decode speed": "2.00x",
     }
     assert tiles(planted.study()) == []
-
-
-def test_listed():
-    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]

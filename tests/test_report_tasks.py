@@ -68,7 +68,8 @@ def test_figures_taken_differently_have_no_difference():
     longer.settings["context"] = 512
     whole = report(row("original", imdb(0.8)), row("long", [longer]))
     first, second = (table(whole, found, everything=True) for found in tasks(whole, Gaps(whole)))
-    assert first.body[1][1:] == ("-", "-", "-", "-") and second.body[1][3] == "-"
+    assert [line[0] for line in first.body] == ["original"] and first.note.endswith("Not asked of long.")
+    assert second.body == (("long", "0.900", "0.880 to 0.920", "-", "500"),)
 
 
 def test_gaps_are_marked_where_the_figure_would_stand():
@@ -101,6 +102,24 @@ def test_samples_stand_side_by_side_once_each():
     twice = whole.rows[0].results[1]
     again = report(row("original", [twice, type(twice)(**{**vars(twice), "metric": "looping"})]))
     assert len(prompts(again)[0].samples) == 1
+
+
+def test_summaries_stand_beside_what_people_wrote():
+    def summarised(text: str):
+        written = [{"document": "A long article", "reference": "In short.", "generated": text}]
+        return [task("rougeL", 0.2, protocol="TL;DR, greedy", details=written)]
+
+    (only,) = prompts(report(row("original", summarised("one")), row("small", summarised("two"))))
+    assert (only.prompt, only.how) == ("A long article …", "summary")
+    assert [(item.model, item.text) for item in only.samples] == [
+        ("(written by people)", "In short."), ("original", "one"), ("small", "two"),
+    ]  # fmt: skip
+
+
+def test_models_that_were_not_asked_are_named_not_shown():
+    rows = [row("original", imdb(0.8)), *(row(f"m{index}: rewritten", []) for index in range(5))]
+    shown = only(report(*rows))
+    assert len(shown.body) == 1 and shown.note.endswith("Not asked of 5 models.")
 
 
 def test_details_that_are_no_texts_are_left_alone():

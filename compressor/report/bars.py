@@ -30,7 +30,7 @@ def plot(report: Report, found: Sequence[Task]) -> Figure | None:
     figure, axes = panels(len(shown), 0.9 + 0.25 * rows)
     known = looks(report)
     for index, (panel, (task, metric, column)) in enumerate(zip(axes, shown, strict=True)):
-        _panel(panel, column, known)
+        _panel(panel, column, known, report.rows[0].name)
         protocol = task.way.settings.get("protocol")
         several = len({item.way.key for item in found}) > 1
         panel.set_title(title(metric) + (f", {protocol}" if several and protocol else ""))
@@ -39,7 +39,7 @@ def plot(report: Report, found: Sequence[Task]) -> Figure | None:
     return figure
 
 
-def _panel(axes: Axes, column: Sequence[Measured], known: dict[str, Look]) -> None:
+def _panel(axes: Axes, column: Sequence[Measured], known: dict[str, Look], original: str) -> None:
     values = [item.result.value for item in column if item.result]
     digits = decimals(values)
     for place, item in enumerate(column):
@@ -59,7 +59,7 @@ def _panel(axes: Axes, column: Sequence[Measured], known: dict[str, Look]) -> No
         _beside(axes, number(value, digits), end, place, INK)
         if not item.model:
             axes.axvline(value, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        elif place == 0:
+        elif item.name == original:
             axes.axvline(value, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
     ends = [max(item.result.value, *(interval(item.result) or (0,))) for item in column if item.result]
     axes.set_xlim(min(0, *values), 1.18 * max(*ends, 1e-9))

@@ -166,8 +166,22 @@ class Gaps:
         gap = next((gap for gap in row.gaps if _explains(gap, row, way)), None)
         return MISSING if gap is None else f"gap [{self._numbers[self._of(gap)]}]"
 
+    def has(self, row: Row, way: Way) -> bool:
+        """Whether a row has a gap where it would have a figure."""
+        return self.mark(row, way) != MISSING
 
-# ---------------------------------------------------------------- numbers
+
+# ---------------------------------------------------------------- words and numbers
+
+
+def listed(words: Sequence[str]) -> str:
+    """ "a, b and c" """
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def named(models: Sequence[str], most: int = 3) -> str:
+    """Some models by name, many by their number."""
+    return listed(models) if len(models) <= most else f"{len(models)} models"
 
 
 def number(value: float, decimals: int = 2) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..benchmark import Report, Row
-from .figures import Gaps, Way, interval, member, number, overlap, part, runs, title, ways
+from .figures import Gaps, Way, interval, listed, member, number, overlap, part, runs, title, ways
 from .tables import REGIMES, first, sparse, speed_up
 from .tasks import Figure, Task, tasks
 
@@ -81,11 +81,6 @@ def _measured(report: Report) -> str:
         )
         + (f"; {report.rows[0].name} is what the others are compared with." if models > 1 else ".")
     )
-
-
-def listed(words: Sequence[str]) -> str:
-    """ "a, b and c" """
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 # ---------------------------------------------------------------- perplexity and size
@@ -207,9 +202,9 @@ def _task(report: Report, task: Task) -> Iterator[str]:
         return
     metric = list(task.columns)[-1]  # ROUGE-L of the three
     figures = {item.name: item for item in task.columns[metric]}
-    base = figures[report.rows[0].name]
-    measured = [figures[row.name] for row in results(report) if figures[row.name].result]
-    if not measured or base.result is None:
+    base = figures.get(report.rows[0].name)
+    measured = [figures[row.name] for row in results(report) if row.name in figures and figures[row.name].result]
+    if not measured or base is None or base.result is None:
         return
     own = interval(base.result)
     apart = [item for item in measured if own and (other := _interval(item)) and not overlap(own, other)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ..benchmark import Report, Row, comparable
 from ..metrics import MetricResult
 from . import layout
-from .figures import MISSING, Gaps, Way, member, number, runs, scaled, ways
+from .figures import MISSING, Gaps, Way, member, named, number, runs, scaled, ways
 from .layout import Table
 
 ELSEWHERE = "see below"  # where a row's figure was taken in another way than the table's
@@ -110,7 +110,7 @@ def perplexities(report: Report, gaps: Gaps) -> list[Table]:
 def _perplexity(report: Report, gaps: Gaps, way: Way) -> Table:
     token = [way.find(row, "perplexity") for row in report.rows]
     word = [way.find(row, "word_perplexity") for row in report.rows]
-    rows = [row for row, *found in zip(report.rows, token, word, strict=True) if any(found) or _is_gap(row, gaps, way)]
+    rows = [row for row, *found in zip(report.rows, token, word, strict=True) if any(found) or gaps.has(row, way)]
 
     def column(metric: str, show: Callable[[Row, MetricResult], str]) -> list[str]:
         return [_cell(row, metric, way, gaps, show) for row in rows]
@@ -128,10 +128,6 @@ def _perplexity(report: Report, gaps: Gaps, way: Way) -> Table:
         "scored tokens": column("perplexity", lambda row, item: f"{item.count:,}"),
     }
     return layout.make(columns, f"Perplexity {way.settings.get('protocol', 'strided')}", how(way))
-
-
-def _is_gap(row: Row, gaps: Gaps, way: Way) -> bool:
-    return gaps.mark(row, way) != MISSING
 
 
 def how(way: Way) -> str:
@@ -155,8 +151,9 @@ def latencies(report: Report, gaps: Gaps) -> list[Table]:
     kinds = ways(report, "latency")
     tables = []
     for metric, regime in REGIMES.items():
-        lines = [(row, process) for row in report.rows for process in _processes(row, metric)]
-        if all(gaps.mark(row, way) == MISSING and not way.find(row, metric) for row, _ in lines for way in kinds):
+        asked = [row for row in report.rows if any(way.find(row, metric) or gaps.has(row, way) for way in kinds)]
+        lines = [(row, process) for row in asked for process in _processes(row, metric)]
+        if not lines:
             continue
         columns = {"model": [row.name + (f" (with {process})" if process else "") for row, process in lines]}
         for way in kinds:
@@ -171,7 +168,9 @@ def latencies(report: Report, gaps: Gaps) -> list[Table]:
                 gaps.mark(row, way) if item is None else speed_up(report, row, item)
                 for (row, _), item in zip(lines, found, strict=True)
             ]
-        tables.append(layout.make(columns, f"{regime.capitalize()} latency", _clock(kinds[0], metric)))
+        left = [row.name for row in report.rows if row not in asked]
+        others = f" Not asked of {named(left)}." if left else ""
+        tables.append(layout.make(columns, f"{regime.capitalize()} latency", _clock(kinds[0], metric) + others))
     return tables
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..benchmark import Report, Row, comparable
 from ..metrics import MetricResult
 from . import layout
-from .figures import GIVES, MISSING, TASKLESS, Gaps, Way, decimals, family, interval, number, title, ways
+from .figures import GIVES, MISSING, TASKLESS, Gaps, Way, decimals, family, interval, named, number, title, ways
 from .layout import Table
 
 NO_MODEL = " (no model)"
@@ -32,6 +32,7 @@ class Task:
     family: str
     way: Way
     columns: dict[str, tuple[Figure, ...]]  # metric -> a figure a row
+    others: tuple[str, ...] = ()  # models that were not asked for it
 
     @property
     def title(self) -> str:
@@ -63,15 +64,16 @@ def _of_family(report: Report, gaps: Gaps, name: str) -> Iterator[Task]:
         there = [metric for row in report.rows for metric in _metrics(row, name) if way.find(row, metric)]
         metrics = list(dict.fromkeys(there)) or list(GIVES.get(name, (name,)))
         columns: dict[str, tuple[Figure, ...]] = {}
+        asked = [row for row in report.rows if any(way.find(row, metric) for metric in metrics) or gaps.has(row, way)]
         for metric in metrics:
-            models = [_figure(row, way, metric, gaps) for row in report.rows]
+            models = [_figure(row, way, metric, gaps) for row in asked]
             others = [
                 Figure(row.name, item, MISSING, False)
                 for row in report.references
                 if (item := _reference(row, metric, found, index)) is not None
             ]
             columns[metric] = (*models, *others)
-        yield Task(name, way, columns)
+        yield Task(name, way, columns, tuple(row.name for row in report.rows if row not in asked))
 
 
 def _metrics(row: Row, name: str) -> list[str]:
@@ -146,8 +148,9 @@ def _text_of(result: MetricResult) -> Any:
 
 def _how(task: Task) -> str:
     sample = task.sample
+    without = f" Not asked of {named(task.others)}." if task.others else ""
     if sample is None:
-        return "Not measured."
+        return f"Not measured.{without}"
     settings, spread = sample.settings, sample.spread or {}
     better = "Higher is better" if sample.higher_is_better else "Lower is better"
     if len({item.result.higher_is_better for column in task.columns.values() for item in column if item.result}) > 1:
@@ -155,7 +158,7 @@ def _how(task: Task) -> str:
     fingerprint = f", fingerprint {settings['fingerprint'][:12]}" if settings.get("fingerprint") else ""
     on = f" On {settings['source']}{fingerprint}." if settings.get("source") else ""
     method = f" Intervals: {spread['method']}." if spread.get("method") else ""
-    return f"{better}.{on}{method}"
+    return f"{better}.{on}{method}{without}"
 
 
 # ---------------------------------------------------------------- samples
@@ -189,21 +192,25 @@ def prompts(report: Report) -> list[Prompt]:
     found: dict[tuple[str, str, str], list[Sample]] = {}
     seeds: dict[tuple[str, str, str], Any] = {}
     for row in report.rows:
-        for record in _records(row):
+        for record in _records(row, "generation", "prompt", "text"):
             key = (record["prompt"], str(record.get("decoding", "")), str(record.get("seed", "")))
             seeds[key] = record.get("seed")
             sample = Sample(row.name, record["text"], bool(record.get("loops")))
             if sample not in found.setdefault(key, []):  # several figures may stand on the same texts
                 found[key].append(sample)
-    return [Prompt(key[0], key[1], seeds[key], tuple(samples)) for key, samples in found.items()]
+        for record in _records(row, "rouge", "document", "reference", "generated"):
+            key = (f"{record['document']} …", "summary", "")
+            found.setdefault(key, [Sample("(written by people)", record["reference"], False)])
+            found[key].append(Sample(row.name, record["generated"], False))
+    return [Prompt(key[0], key[1], seeds.get(key), tuple(samples)) for key, samples in found.items()]
 
 
-def _records(row: Row) -> list[dict[str, Any]]:
-    """What stands behind a row's generation figures, where it is texts."""
+def _records(row: Row, asked: str, *keys: str) -> list[dict[str, str]]:
+    """What stands behind a row's figures, where it is texts under these keys."""
     return [
         record
         for result in row.results
-        if family(result.metric) == "generation" and isinstance(result.details, list)
+        if family(result.metric) == asked and isinstance(result.details, list)
         for record in result.details
-        if isinstance(record, dict) and isinstance(record.get("prompt"), str) and isinstance(record.get("text"), str)
+        if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in keys)
     ]

@@ -27,6 +27,7 @@ def leave(folder: Path, config: GPT2Config, target: Path, notice: Notice) -> Non
 
 def renew(names: Sequence[str], report: Report, notice: Notice) -> None:
     """Put the figures of a report into the cards of the runs that it is about; what cannot be written is said."""
+    shared = next((row.weights for row in report.rows if row.name == "control"), None)  # of several runs
     for name in filter(run_folder.is_run, names):
         there = run_folder.steps(name) | run_folder.baselines(name)
         found = {step: models.find(str(folder)) for step, folder in there.items()}
@@ -35,7 +36,7 @@ def renew(names: Sequence[str], report: Report, notice: Notice) -> None:
             made = run_folder.made(item)
             if made is None:
                 continue
-            control = weights.get("control")
+            control = weights.get("control", shared)
             rows = measured_rows(report, base=made["provenance"]["base_hash"], own=weights[step], control=control)
             if rows is None:
                 continue
