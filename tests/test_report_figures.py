@@ -8,7 +8,20 @@ from planted import imdb, perplexity, report, row
 
 from compressor.benchmark import Gap
 from compressor.metrics import METRICS
-from compressor.report.figures import GIVES, TASKLESS, Gaps, family, interval, listed, member, named, part, scaled, ways
+from compressor.report.figures import (
+    GIVES,
+    TASKLESS,
+    Gaps,
+    family,
+    interval,
+    listed,
+    member,
+    named,
+    part,
+    scaled,
+    way_of,
+    ways,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +64,16 @@ def test_ways_come_in_order_and_take_in_gaps_of_their_own():
     gaps = Gaps(report(*rows))
     assert [gaps.mark(rows[1], way) for way in found] == ["gap [1]", "-", "-"]
     assert [gaps.mark(rows[2], way) for way in found] == ["-", "-", "gap [2]"]
+
+
+def test_of_one_protocol_what_most_rows_have_comes_first():
+    rows = [row("a", [*perplexity(2.0, max_tokens=9), *perplexity(2.0)]), row("b", perplexity(2.0))]
+    found = ways(report(*rows, row("c", perplexity(3.0, "lm-eval"))), "perplexity")
+    assert [(way.settings["protocol"], way.settings.get("max_tokens")) for way in found] == [
+        ("strided", None), ("strided", 9), ("lm-eval", None),
+    ]  # fmt: skip
+    assert way_of(report(*rows), rows[1], "perplexity").settings.get("max_tokens") is None
+    assert way_of(report(rows[0], row("c", perplexity(3.0, "lm-eval"))), row("c", []), "perplexity") is None
 
 
 def test_gaps_are_numbered_by_reason_and_name_their_models():

@@ -58,7 +58,7 @@ def test_each_way_of_measuring_has_its_table_and_no_ratio_across():
         row("c", perplexity(33.0, "lm-eval")),
     )
     both = report(*rows)
-    first, second, third = perplexities(both, Gaps(both))
+    first, third, second = perplexities(both, Gaps(both))  # protocol by protocol
     assert [line[0] for line in first.body] == ["a"] and [line[0] for line in second.body] == ["a", "c"]
     assert third.body[0][:4] == ("b", "44.00", "0.44", "-")  # other text: nothing to compare with
     assert second.body[1][3] == "1.100"
@@ -163,6 +163,16 @@ def test_recovery_is_set_against_the_original_and_the_control():
     shown = columns(recoveries(whole, Gaps(whole)))
     assert shown["rewritten / original"] == ("2.500",) and shown["recovered / original"] == ("1.200",)
     assert shown["recovered / control"] == ("1.500",)
+
+
+def test_a_run_that_was_measured_in_another_way_has_its_own_original_there():
+    values = {"original": 20.0, "control": 16.0}
+    rows = [row(name, [*perplexity(value), *perplexity(value / 2, max_tokens=100)]) for name, value in values.items()]
+    rows += [row(f"a: {step}", perplexity(30.0)) for step in ("rewritten", "recovered")]
+    rows += [row(f"b: {step}", perplexity(15.0, max_tokens=100)) for step in ("rewritten", "recovered")]
+    whole = report(*rows)
+    shown = columns(recoveries(whole, Gaps(whole)))
+    assert shown["original"] == ("20.00", "10.00") and shown["recovered / original"] == ("1.500", "1.500")
 
 
 def test_a_shared_control_belongs_to_each_run_and_a_missing_one_is_said():

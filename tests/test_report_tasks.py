@@ -34,6 +34,11 @@ def test_value_interval_difference_and_count():
     )
 
 
+def test_without_intervals_there_is_no_column_for_them():
+    whole = report(row("original", [task("imdb_accuracy", 0.8, 0, protocol="probe")]))
+    assert only(whole).header == ("model", "IMDb accuracy", "difference", "n")
+
+
 def test_three_measures_stand_in_one_table_and_the_terminals_has_no_intervals():
     whole = report(row("original", rouge(0.3)), row("small", rouge(0.2)))
     long, short = only(whole), only(whole, everything=False)
@@ -78,7 +83,7 @@ def test_gaps_are_marked_where_the_figure_would_stand():
     assert only(whole).body[1] == ("short", "gap [1]", "-", "-", "-")
     nobody = report(row("original", [], Gap("rouge", {}, "no data")), row("small", [], Gap("rouge", {}, "no data")))
     shown = only(nobody)
-    assert [line[1::3] for line in shown.body] == [("gap [1]",) * 3 + ("-",)] * 2  # of ROUGE-1, -2, -L
+    assert [line[1:] for line in shown.body] == [("gap [1]", "-") * 3 + ("-",)] * 2  # of ROUGE-1, -2, -L
     assert shown.title == "Summaries" and shown.note == "Not measured."
 
 

@@ -91,19 +91,31 @@ def _key(result: MetricResult, but: str = "process") -> str:
 
 
 def ways(report: Report, asked: str) -> list[Way]:
-    """How the figures of a metric were taken, in the order of the report; a gap that none of them explains has one of
-    its own. Latencies of several processes are one way: each row's is compared with the baseline's of its process."""
+    """How the figures of a metric were taken: protocols in the order of the report, in each what most rows have first;
+    a gap that none of them explains has one of its own. Latencies of several processes are one way: each row's is
+    compared with the baseline's of its process."""
     found: dict[str, Way] = {}
+    rows: dict[str, set[str]] = {}
     for row in report.rows:
         for result in row.results:
             if family(result.metric) == asked:
                 found.setdefault(_key(result), Way(asked, result.settings, _key(result)))
-    all_ways = list(found.values())
+                rows.setdefault(_key(result), set()).add(row.name)
+    protocols = list(dict.fromkeys(way.settings.get("protocol") for way in found.values()))
+    all_ways = sorted(
+        found.values(), key=lambda way: (protocols.index(way.settings.get("protocol")), -len(rows[way.key]))
+    )
     for row in report.rows:
         for gap in row.gaps:
             if gap.metric == asked and not any(_explains(gap, row, way) for way in all_ways):
                 all_ways.append(Way(asked, gap.settings, ""))
     return all_ways
+
+
+def way_of(report: Report, row: Row, metric: str) -> Way | None:
+    """The first way in which both a row and the baseline have a figure of this metric."""
+    both = (way for way in ways(report, family(metric)) if way.find(row, metric) and way.find(report.rows[0], metric))
+    return next(both, None)
 
 
 def _explains(gap: Gap, row: Row, way: Way) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..benchmark import Report, Row
-from .figures import Gaps, Way, interval, listed, member, number, overlap, part, runs, title, ways
+from .figures import Gaps, Way, interval, listed, member, number, overlap, part, runs, title, way_of, ways
 from .tables import REGIMES, first, sparse, speed_up
 from .tasks import Figure, Task, tasks
 
@@ -57,7 +57,7 @@ def _tile(report: Report, row: Row) -> Iterator[tuple[str, str]]:
         ratio = _of(report, row, metric)
         if ratio is not None:
             yield f"{ratio:.1%}", what
-    way = first(ways(report, "perplexity"))
+    way = way_of(report, row, "perplexity")
     ratio = _of(report, row, "perplexity", way) if way else None
     if ratio is not None:
         yield f"{ratio - 1:+.1%}", f"perplexity against {base}"
@@ -90,16 +90,13 @@ def _perplexity(report: Report) -> Iterator[str]:
     way = first(ways(report, "perplexity"))
     if way is None or not way.key:
         return
-    scored = [(row, ratio) for row in results(report) if (ratio := _of(report, row, "perplexity", way)) is not None]
     base = report.rows[0].name
-    for row, ratio in scored if len(scored) <= _EACH else []:
-        own, other = way.find(row, "perplexity"), way.find(report.rows[0], "perplexity")
-        assert own is not None and other is not None
-        yield (
-            f"{row.name}{_size(report, row)}: perplexity {number(own.value)} against {number(other.value)} of {base} "
-            f"({ratio - 1:+.1%}{_before(report, row, way)}){_control(report, row, way)}."
-        )
-    if len(scored) > _EACH:
+    if len(results(report)) <= _EACH:
+        for row in results(report):
+            yield from _one(report, row)
+        return
+    scored = [(row, ratio) for row in results(report) if (ratio := _of(report, row, "perplexity", way)) is not None]
+    if scored:
         best = min(scored, key=lambda item: item[1])
         yield f"Of {len(scored)} models, {_said(report, *best, 'loses least')}."
         counted = [(count, item) for item in scored if (count := _of(report, item[0], "parameters")) is not None]
@@ -110,6 +107,18 @@ def _perplexity(report: Report) -> Iterator[str]:
         beaten = sum(ratio <= 1 for _, ratio in scored)
         if beaten:
             yield f"{beaten} of them {'has' if beaten == 1 else 'have'} no higher perplexity than {base}."
+
+
+def _one(report: Report, row: Row) -> Iterator[str]:
+    """A model beside the original, its own state before recovery, and the control."""
+    way = way_of(report, row, "perplexity")
+    own, other = (way.find(item, "perplexity") if way else None for item in (row, report.rows[0]))
+    ratio = report.ratio(row, own) if own else None
+    if way and own and other and ratio is not None:
+        yield (
+            f"{row.name}{_size(report, row)}: perplexity {number(own.value)} against {number(other.value)} of "
+            f"{report.rows[0].name} ({ratio - 1:+.1%}{_before(report, row, way)}){_control(report, row, way)}."
+        )
 
 
 def _said(report: Report, row: Row, ratio: float, what: str) -> str:

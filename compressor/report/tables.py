@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ..benchmark import Report, Row, comparable
 from ..metrics import MetricResult
 from . import layout
-from .figures import MISSING, Gaps, Way, member, named, number, runs, scaled, ways
+from .figures import MISSING, Gaps, Way, member, named, number, runs, scaled, way_of, ways
 from .layout import Table
 
 ELSEWHERE = "see below"  # where a row's figure was taken in another way than the table's
@@ -206,13 +206,13 @@ def _clock(way: Way, metric: str) -> str:
 
 def recoveries(report: Report, gaps: Gaps) -> Table | None:
     """Before and after recovery, a row a run, beside the original and the control; None without a run that has both."""
-    way = first(ways(report, "perplexity"))
-    named = [run for run in runs(report) if member(report, run, "recovered") and member(report, run, "rewritten")]
-    if way is None or not way.key or not named:
-        return None
+    main = first(ways(report, "perplexity"))
     body = []
-    for run in named:
+    for run in runs(report):
         steps = [report.rows[0], *(member(report, run, step) for step in ("control", "rewritten", "recovered"))]
+        if main is None or not main.key or steps[2] is None or steps[3] is None:
+            continue
+        way = way_of(report, steps[3], "perplexity") or main
         found = [way.find(row, "perplexity") if row else None for row in steps]
         original, control, rewritten, recovered = found
         body.append(
@@ -233,7 +233,7 @@ def recoveries(report: Report, gaps: Gaps) -> Table | None:
         "Perplexity before and after recovery. The control is the original tuned on the same budget: what recovery is "
         "worth shows against it."
     )
-    return Table(header, tuple(body), "Recovery", note)
+    return Table(header, tuple(body), "Recovery", note) if body else None
 
 
 def over(one: MetricResult | None, other: MetricResult | None) -> str:

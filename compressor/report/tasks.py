@@ -114,8 +114,9 @@ def table(report: Report, task: Task, *, everything: bool) -> Table:
         shown = decimals([item.result.value for item in figures if item.result])
         columns[title(metric)] = [number(item.result.value, shown) if item.result else item.mark for item in figures]
         tail = f" {title(metric)}" if several else ""
-        if everything or not several:
-            columns[f"95 % interval{tail}"] = [_interval(item.result, shown) for item in figures]
+        intervals = [_interval(item.result, shown) for item in figures]
+        if (everything or not several) and set(intervals) != {MISSING}:
+            columns[f"95 % interval{tail}"] = intervals
         columns[f"difference{tail}"] = [_difference(report, item, shown) for item in figures]
     columns["n"] = [f"{item.result.count:,}" if item.result else MISSING for item in rows]
     return layout.make(columns, task.title, _how(task), apart=sum(not item.model for item in rows))
