@@ -80,7 +80,10 @@ def _beside(axes: Axes, text: str, x: float, place: int, colour: str) -> None:
 
 def caption(found: Sequence[Task]) -> str:
     """How to read the bars."""
-    text = "Whiskers are 95 % intervals; the dotted line is the original, pale bars are models before recovery."
-    if any(not item.model for task in found for column in task.columns.values() for item in column):
+    figures = [item for task in found for column in task.columns.values() for item in column]
+    text = "The dotted line is the original; pale bars are models before recovery."
+    if any(item.result and interval(item.result) for item in figures):
+        text += " Whiskers are 95 % intervals."
+    if not all(item.model for item in figures):
         text += " Hatched, with a star and a dashed line: baselines that are no model."
     return text

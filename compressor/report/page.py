@@ -62,6 +62,7 @@ blockquote { margin: 18px 0 10px; padding: 6px 12px; border-left: 3px solid var(
   margin-left: 6px; }
 @media print { :root { color-scheme: light; --ink: #000; --grey: #444; --grid: #ccc; --paper: #fff; --page: #fff; }
   section { border: 0; padding: 0; } nav { display: none; } figure, tr, .tile { break-inside: avoid; }
+  h2, h3, figcaption { break-after: avoid; }
   main { max-width: none; padding: 0; } .wide { overflow: visible; }
   table { font-size: 9px; } td { white-space: normal; } }
 """
