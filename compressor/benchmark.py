@@ -35,6 +35,10 @@ COMPARED_UNDER = (
     "new_tokens",
     "prompt",
     "sentences",
+    "epochs",
+    "seeds",
+    "batch_rows",
+    "learning_rate",
     "process",  # of latencies that came together from several reports: which one measured them
 )
 
@@ -236,7 +240,7 @@ def benchmark(
             else:
                 results += found[name] if place in together else found
             if index == 0 and METRICS[metric].references is not None and not isinstance(found, Gap):
-                for reference, figures in _references(metric, settings, data, subject, memory).items():
+                for reference, figures in _references(name, metric, settings, data, subject, memory).items():
                     references.setdefault(reference, []).extend(figures)
         source, weights = known[name] if known is not None else (subject().name, subject().hash)
         rows.append(Row(name, source, tuple(results), weights, tuple(gaps)))
@@ -251,9 +255,14 @@ def benchmark(
 
 
 def _references(
-    metric: str, settings: dict[str, Any], data: Mapping[str, Any], subject: Callable[[], Any], memory: Memory
+    first: str,
+    metric: str,
+    settings: dict[str, Any],
+    data: Mapping[str, Any],
+    subject: Callable[[], Any],
+    memory: Memory,
 ) -> dict[str, list[MetricResult]]:
-    rows = ["(no model)"]
+    rows = ["(no model)", first]  # whose tokenizer cuts the texts
     found = memory.recall(rows, metric, settings)
     if found is None:
         measure = METRICS[metric].references
