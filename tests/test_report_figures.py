@@ -14,43 +14,16 @@ from compressor.report.figures import (
     Gaps,
     family,
     interval,
-    listed,
-    member,
-    named,
-    part,
     scaled,
     way_of,
     ways,
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("recovered", ("", "recovered")),
-        ("mine: control", ("mine", "control")),
-        ("a: b: rewritten", ("a: b", "rewritten")),
-        ("original", ("original", "")),
-        ("gpt2: large", ("gpt2: large", "")),
-        ("my recovered", ("my recovered", "")),
-        (": control", ("", "control")),
-    ],
-)
-def test_the_run_and_the_step_of_a_row(name, expected):
-    assert part(name) == expected
-
-
 def test_every_metric_says_what_it_gives():
     assert set(TASKLESS) <= set(GIVES)
     assert family("rougeL") == "rouge" and family("word_perplexity") == "perplexity" and family("other") == "other"
     assert set(METRICS) <= set(GIVES), "a metric whose figures have no place in the report"
-
-
-def test_a_runs_own_control_comes_before_a_shared_one():
-    rows = [row("original", []), row("control", []), row("a: control", []), row("a: recovered", [])]
-    assert member(report(*rows), "a", "control").name == "a: control"
-    assert member(report(*rows), "b", "control").name == "control"
-    assert member(report(*rows), "b", "recovered") is None
 
 
 def test_ways_come_in_order_and_take_in_gaps_of_their_own():
@@ -106,8 +79,3 @@ def test_intervals_need_both_ends():
 )
 def test_scaled(value, shown):
     assert scaled(value) == shown
-
-
-def test_models_in_a_sentence():
-    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
-    assert named(["a", "b"]) == "a and b" and named("abcd") == "4 models"

@@ -18,7 +18,7 @@ from planted import imdb, latency, perplexity, report, row, size
 
 from compressor.benchmark import Gap, Report
 from compressor.report import bars, course, scatter
-from compressor.report.drawing import DEFAULT, INK, look, looks, png, svg
+from compressor.report.drawing import DEFAULT, GREY, INK, look, looks, png, svg
 from compressor.report.figures import Gaps
 from compressor.report.pictures import FILES, pictures
 from compressor.report.scatter import Point, frontier, points
@@ -55,9 +55,9 @@ def test_what_stands_where():
 
 
 def test_a_pruned_model_stands_at_what_is_not_zero_and_the_plot_says_so():
-    pruned = row("pruned", [*size(planted.SMALL, non_zero=100_000_000), *perplexity(30.0)])
-    whole = report(*SMALL.rows, pruned)
-    assert points(whole, "parameters")[-1].x == 100.0
+    own = [*size(planted.SMALL, non_zero=100_000_000), *perplexity(30.0)]
+    whole = report(*SMALL.rows, row("rewritten", own), row("pruned", own))
+    assert [point.x for point in points(whole, "parameters")][-2:] == [124.439808, 100.0]  # deltas begin at 0
     assert "of pruned models those that are not zero" in words(drawn(scatter.plot, whole, "parameters"))
     assert "its file stores the zeros too" in scatter.caption(whole, "parameters")
     assert "not zero" not in scatter.caption(SMALL, "parameters")
@@ -128,10 +128,12 @@ def test_wide_ratios_are_on_a_log_scale_with_plain_numbers_and_long_names_are_cu
 def test_a_model_looks_the_same_everywhere_and_no_two_alike():
     whole = planted.study()
     known = looks(whole)
-    assert len({(item.colour, item.marker, item.hollow) for item in known.values()}) == len(whole.rows) == 20
+    assert len({(item.colour, item.marker, item.hollow) for item in known.values()}) == len(whole.rows) == 21
     assert known["original"].colour == INK
     assert known["merged_4: rewritten"].colour == known["merged_4: recovered"].colour
     assert known["merged_4: rewritten"].hollow and not known["merged_4: recovered"].hollow
+    beside = [known[f"compressed_6: pruned{tail}"] for tail in ("", "-recovered")]
+    assert [item.hollow for item in beside] == [True, False] and {item.colour for item in beside} == {GREY}
 
 
 def test_nothing_of_matplotlib_is_changed():

@@ -161,8 +161,11 @@ def test_recovery_is_set_against_the_original_and_the_control():
     rows += [row("rewritten", perplexity(50.0)), row("recovered", perplexity(24.0))]
     whole = report(*rows)
     shown = columns(recoveries(whole, Gaps(whole)))
-    assert shown["rewritten / original"] == ("2.500",) and shown["recovered / original"] == ("1.200",)
-    assert shown["recovered / control"] == ("1.500",)
+    assert shown["before / original"] == ("2.500",) and shown["after / original"] == ("1.200",)
+    assert shown["after / control"] == ("1.500",) and shown[""] == ("this run",)
+    beside = report(*rows, row("pruned", perplexity(80.0)), row("pruned-recovered", perplexity(40.0)))
+    shown = columns(recoveries(beside, Gaps(beside)))
+    assert shown[""] == ("this run", "pruned") and shown["after / control"] == ("1.500", "2.500")
 
 
 def test_a_run_that_was_measured_in_another_way_has_its_own_original_there():
@@ -172,7 +175,7 @@ def test_a_run_that_was_measured_in_another_way_has_its_own_original_there():
     rows += [row(f"b: {step}", perplexity(15.0, max_tokens=100)) for step in ("rewritten", "recovered")]
     whole = report(*rows)
     shown = columns(recoveries(whole, Gaps(whole)))
-    assert shown["original"] == ("20.00", "10.00") and shown["recovered / original"] == ("1.500", "1.500")
+    assert shown["original"] == ("20.00", "10.00") and shown["after / original"] == ("1.500", "1.500")
 
 
 def test_a_shared_control_belongs_to_each_run_and_a_missing_one_is_said():
@@ -180,7 +183,7 @@ def test_a_shared_control_belongs_to_each_run_and_a_missing_one_is_said():
     for run, after in (("a", 24.0), ("b", 32.0)):
         rows += [row(f"{run}: rewritten", perplexity(50.0)), row(f"{run}: recovered", perplexity(after))]
     shown = columns(recoveries(report(*rows), Gaps(report(*rows))))
-    assert shown["run"] == ("a", "b") and shown["recovered / control"] == ("1.500", "2.000")
+    assert shown[""] == ("a", "b") and shown["after / control"] == ("1.500", "2.000")
     without = report(rows[0], *rows[2:])
     assert columns(recoveries(without, Gaps(without)))["control"] == ("none", "none")
     assert recoveries(report(*rows[:3]), Gaps(report(*rows[:3]))) is None

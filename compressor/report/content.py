@@ -9,9 +9,10 @@ from typing import Any
 
 from ..benchmark import Report
 from . import layout, tables, tasks
-from .figures import MISSING, Gaps, runs
+from .figures import MISSING, Gaps
 from .layout import Table
 from .pictures import Picture, pictures
+from .rows import runs
 from .story import Story
 from .summary import Tile, findings, tiles
 from .tasks import Prompt

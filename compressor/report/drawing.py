@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..benchmark import Report
-from .figures import part
+from .rows import BASELINES, BEFORE, part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,8 @@ INK, GREY, GRID, PAPER = "#1f2328", "#6e7782", "#e4e7ec", "#fffffe"  # the page'
 # Okabe and Ito's, which colour-blind readers tell apart, without the black and the yellow.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _PAGE = {INK: "ink", GREY: "grey", GRID: "grid", PAPER: "paper", _COLOURS[0]: "blue"}
-_MARKERS = "o^vPXh"
+_MARKERS = "o^PXh*"
+_BESIDE = {"pruned": "v", "dropped": "<"}
 _WIDTH = 10.5
 _LONG = 40  # characters of a name that a plot shows
 _LOOK: Any = {
@@ -66,15 +67,17 @@ DEFAULT = Look(_COLOURS[0], _MARKERS[0])  # of a run that has no row
 
 
 def looks(report: Report) -> dict[str, Look]:
-    """The look of each row: the baseline is ink, controls are grey, each run or model has a colour and a shape."""
+    """The look of each row: the original is ink, what is there to be compared with grey, each run or model has a colour
+    and a shape."""
     found: dict[str, Look] = {}
     kinds: dict[str, tuple[str, str]] = {}
     for index, row in enumerate(report.rows):
         run, step = part(row.name)
         if index == 0:
             found[row.name] = Look(INK, "D")
-        elif step == "control":
-            found[row.name] = Look(GREY, "s")
+        elif step not in ("", "rewritten", "recovered"):
+            kind = next((kind for kind in BASELINES if step.startswith(kind)), "")
+            found[row.name] = Look(GREY, _BESIDE.get(kind, "s"), hollow=step in BEFORE)
         else:
             place = len(kinds)
             kinds.setdefault(run, (_COLOURS[place % 6], _MARKERS[place // 6 % 6]))

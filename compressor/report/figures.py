@@ -12,7 +12,6 @@ from ..benchmark import COMPARED_UNDER, Gap, Report, Row
 from ..metrics import MetricResult
 
 MISSING = "-"
-STEPS = ("control", "rewritten", "recovered")  # the models of a run, as benchmark names their rows
 
 # What the metrics that can be asked for give; one that is not named here gives a figure of its own name.
 GIVES: dict[str, tuple[str, ...]] = {
@@ -47,25 +46,6 @@ def title(name: str) -> str:
 def family(metric: str) -> str:
     """The metric of METRICS that gives figures of this name."""
     return next((asked for asked, given in GIVES.items() if metric in given), metric)
-
-
-def part(name: str) -> tuple[str, str]:
-    """(run, step) of a row's name: "mine: control" is ("mine", "control"), "control" ("", "control"); any other row
-    is itself, without a step."""
-    run, colon, step = name.rpartition(": ")
-    return (run, step) if step in STEPS and (colon or not run) else (name, "")
-
-
-def runs(report: Report) -> list[str]:
-    """The runs of which a rewritten or a recovered model was measured."""
-    parts = [part(row.name) for row in report.rows]
-    return list(dict.fromkeys(run for run, step in parts if step in ("rewritten", "recovered")))
-
-
-def member(report: Report, run: str, step: str) -> Row | None:
-    """A step of a run; a control that several runs have in common belongs to each of them."""
-    rows = {part(row.name): row for row in report.rows}
-    return rows.get((run, step)) or (rows.get(("", step)) if step == "control" else None)
 
 
 # ---------------------------------------------------------------- ways
@@ -183,17 +163,7 @@ class Gaps:
         return self.mark(row, way) != MISSING
 
 
-# ---------------------------------------------------------------- words and numbers
-
-
-def listed(words: Sequence[str]) -> str:
-    """ "a, b and c" """
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
-
-
-def named(models: Sequence[str], most: int = 3) -> str:
-    """Some models by name, many by their number."""
-    return listed(models) if len(models) <= most else f"{len(models)} models"
+# ---------------------------------------------------------------- numbers
 
 
 def number(value: float, decimals: int = 2) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from ..artifacts import Provenance
 from ..benchmark import Gap, Report, Row, comparable
 from ..metrics import MetricResult
-from .figures import family, part
+from .figures import family
+from .rows import part
 
 _TIMED = "latency"
 

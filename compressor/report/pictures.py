@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..benchmark import Report
 from . import bars, course, drawing, scatter
-from .figures import Gaps, part, title
+from .figures import Gaps, title
+from .rows import part
 from .story import Story
 from .tasks import tasks
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..benchmark import Report, Row
 from .drawing import GREY, INK, Look, canvas, label, log_scale, looks, short
-from .figures import Way, member, number, part, runs, ways
+from .figures import Way, number, ways
+from .rows import pairs
 from .tables import first, sparse
 
 if TYPE_CHECKING:
@@ -117,14 +118,12 @@ def _frontier(axes: Axes, best: Sequence[Point]) -> list[list[tuple[float, float
 
 
 def _recoveries(axes: Axes, report: Report, found: Sequence[Point]) -> list[list[tuple[float, float]]]:
-    """An arrow from each rewritten model to the recovered one."""
+    """An arrow from each model before its recovery to the same one after it."""
     places = {point.name: point for point in found}
     lines = []
-    for run in runs(report):
-        rows = [member(report, run, step) for step in ("rewritten", "recovered")]
-        ends = [places[row.name] for row in rows if row is not None and row.name in places]
-        if len(ends) == 2:
-            before, after = ends
+    for pair in pairs(report):
+        before, after = places.get(pair.before.name), places.get(pair.after.name)
+        if before is not None and after is not None:
             lines.append([(before.x, before.y), (after.x, after.y)])
             style: dict[str, Any] = dict(arrowstyle="-|>", color=after.look.colour, linewidth=1.1, alpha=0.8)
             axes.annotate(
@@ -165,7 +164,7 @@ def _key(axes: Axes, found: Sequence[Point], numbered: bool) -> None:
         )  # fmt: skip
     elif any(point.look.hollow for point in found):
         run = next(point for point in found if point.look.hollow)
-        mark = Line2D([], [], linestyle="none", markersize=6, label="rewritten, before recovery", **run.look.marks)
+        mark = Line2D([], [], linestyle="none", markersize=6, label="before recovery", **run.look.marks)
         axes.figure.legend(handles=[mark, frontier_line], loc="outside upper right", ncols=2)
 
 
@@ -177,8 +176,8 @@ def caption(report: Report, cost: str) -> str:
         "Lower and further left is better. The line is the frontier, models that no other beats in both; dashed is the "
         "original's perplexity."
     )
-    if any(part(name)[1] == "recovered" for name in found):
-        text += " Arrows go from a rewritten model to the recovered one."
+    if any({pair.before.name, pair.after.name} <= found for pair in pairs(report)):
+        text += " Arrows go from a model before its recovery to the same one after it."
     if cost == "parameters" and any(sparse(row) for row in report.rows):
         text += " A pruned model stands at its parameters that are not zero; its file stores the zeros too."
     if left:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..benchmark import Report, Row
-from .figures import Gaps, Way, interval, listed, member, number, overlap, part, runs, title, way_of, ways
+from .figures import Gaps, Way, interval, number, overlap, title, way_of, ways
+from .rows import counterparts, listed, member, part, recovered_from, results
 from .tables import REGIMES, first, sparse, speed_up
 from .tasks import Figure, Task, tasks
 
@@ -23,18 +24,6 @@ def findings(report: Report, gaps: Gaps) -> list[str]:
         *(sentence for task in tasks(report, gaps) for sentence in _task(report, task)),
         *_missing(gaps),
     ]
-
-
-def results(report: Report) -> list[Row]:
-    """The models that the report is about: what came out of a run, or was given by itself; neither the original, nor
-    a control, nor a stage on the way."""
-    whole = [run for run in runs(report) if member(report, run, "recovered")]
-    kept = []
-    for row in report.rows[1:]:
-        run, step = part(row.name)
-        if step != "control" and not (step == "rewritten" and run in whole):
-            kept.append(row)
-    return kept
 
 
 @dataclass(frozen=True)
@@ -94,6 +83,7 @@ def _perplexity(report: Report) -> Iterator[str]:
     if len(results(report)) <= _EACH:
         for row in results(report):
             yield from _one(report, row)
+        yield from _baselines(report)
         return
     scored = [(row, ratio) for row in results(report) if (ratio := _of(report, row, "perplexity", way)) is not None]
     if scored:
@@ -107,6 +97,21 @@ def _perplexity(report: Report) -> Iterator[str]:
         beaten = sum(ratio <= 1 for _, ratio in scored)
         if beaten:
             yield f"{beaten} of them {'has' if beaten == 1 else 'have'} no higher perplexity than {base}."
+    yield from _baselines(report)
+
+
+def _baselines(report: Report) -> Iterator[str]:
+    """Each model beside simpler ways to its size that got as much training."""
+    for row in results(report):
+        way = way_of(report, row, "perplexity")
+        own = way.find(row, "perplexity") if way else None
+        said = [
+            f"{other.name} {number(score.value)} ({score.value / own.value - 1:+.1%} against it)"
+            for other in counterparts(report, row)
+            if way and own and (score := way.find(other, "perplexity")) and math.isfinite(score.value / own.value)
+        ]
+        if said and own:
+            yield f"{row.name} ({number(own.value)}) beside simpler ways to its size: {listed(said)}."
 
 
 def _one(report: Report, row: Row) -> Iterator[str]:
@@ -143,8 +148,9 @@ def _size(report: Report, row: Row) -> str:
 
 def _before(report: Report, row: Row, way: Way) -> str:
     run, step = part(row.name)
-    rewritten = member(report, run, "rewritten") if step == "recovered" else None
-    ratio = None if rewritten is None else _of(report, rewritten, "perplexity", way)
+    start = recovered_from(step)
+    before = member(report, run, start) if start else None
+    ratio = None if before is None else _of(report, before, "perplexity", way)
     return "" if ratio is None else f"; before recovery {ratio - 1:+.1%}"
 
 

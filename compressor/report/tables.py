@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from ..benchmark import Report, Row, comparable
 from ..metrics import MetricResult
 from . import layout
-from .figures import MISSING, Gaps, Way, member, named, number, runs, scaled, way_of, ways
+from .figures import MISSING, Gaps, Way, number, scaled, way_of, ways
 from .layout import Table
+from .rows import member, named, pairs, part
 
 ELSEWHERE = "see below"  # where a row's figure was taken in another way than the table's
-SPARSE = 0.95  # a model with a smaller share of parameters that are not zero is one that zeros were made in
+SPARSE = 0.99  # a model with a smaller share of parameters that are not zero is one that zeros were made in
 _SIZE = Way("size", {}, "any")  # a row has its size in one way only
 REGIMES = {"prefill_latency": "prefill", "decode_latency": "decode"}
 
@@ -94,9 +95,14 @@ def speed_up(report: Report, row: Row, result: MetricResult) -> str:
 
 
 def sparse(row: Row) -> bool:
-    """Whether a model was pruned by zeros, which its file stores like any other number."""
+    """Whether a model was pruned by zeros, which its file stores like any other number. A rewritten model may have
+    some of its own, in deltas that begin at 0."""
     count = row.find("parameters")
-    return count is not None and count.settings.get("non_zero", count.value) < SPARSE * count.value
+    return (
+        count is not None
+        and part(row.name)[1] not in ("rewritten", "recovered")
+        and count.settings.get("non_zero", count.value) < SPARSE * count.value
+    )
 
 
 # ---------------------------------------------------------------- perplexity
@@ -205,30 +211,21 @@ def _clock(way: Way, metric: str) -> str:
 
 
 def recoveries(report: Report, gaps: Gaps) -> Table | None:
-    """Before and after recovery, a row a run, beside the original and the control; None without a run that has both."""
+    """Before and after recovery, beside the original and the control; None where no model was measured both."""
     main = first(ways(report, "perplexity"))
     body = []
-    for run in runs(report):
-        steps = [report.rows[0], *(member(report, run, step) for step in ("control", "rewritten", "recovered"))]
-        if main is None or not main.key or steps[2] is None or steps[3] is None:
-            continue
-        way = way_of(report, steps[3], "perplexity") or main
-        found = [way.find(row, "perplexity") if row else None for row in steps]
-        original, control, rewritten, recovered = found
-        body.append(
-            (
-                run or "this run",
-                *(
-                    number(item.value) if item else gaps.mark(row, way) if row else "none"
-                    for row, item in zip(steps, found, strict=True)
-                ),
-                over(rewritten, original),
-                over(recovered, original),
-                over(recovered, control),
-            )
+    for pair in pairs(report) if main is not None and main.key else ():
+        way = way_of(report, pair.after, "perplexity") or main
+        rows = [report.rows[0], member(report, pair.run, "control"), pair.before, pair.after]
+        found = [way.find(row, "perplexity") if way and row else None for row in rows]
+        original, control, before, after = found
+        shown = (
+            number(item.value) if item else gaps.mark(row, way) if row and way else "none"
+            for row, item in zip(rows, found, strict=True)
         )
-    header = ("run", "original", "control", "rewritten", "recovered", "rewritten / original", "recovered / original",
-              "recovered / control")  # fmt: skip
+        ratios = (over(before, original), over(after, original), over(after, control))
+        body.append((pair.name or "this run", *shown, *ratios))
+    header = ("", "original", "control", "before", "after", "before / original", "after / original", "after / control")
     note = (
         "Perplexity before and after recovery. The control is the original tuned on the same budget: what recovery is "
         "worth shows against it."

@@ -9,8 +9,9 @@ from typing import Any
 from ..benchmark import Report, Row, comparable
 from ..metrics import MetricResult
 from . import layout
-from .figures import GIVES, MISSING, TASKLESS, Gaps, Way, decimals, family, interval, named, number, title, ways
+from .figures import GIVES, MISSING, TASKLESS, Gaps, Way, decimals, family, interval, number, title, ways
 from .layout import Table
+from .rows import named
 
 NO_MODEL = " (no model)"
 

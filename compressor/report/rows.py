@@ -1,0 +1,93 @@
+"""Which rows of a report belong together, by the names that benchmark gives them: "RUN: STEP", or a step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..benchmark import Report, Row
+
+BASELINES = ("pruned", "dropped")  # models of a run that are there to be compared with
+RECOVERED = "-recovered"  # what the name of one ends in that got the run's recovery
+STEPS = ("control", "rewritten", "recovered", *BASELINES, *(kind + RECOVERED for kind in BASELINES))
+BEFORE = ("rewritten", *BASELINES)  # steps that a recovery may follow
+
+
+def part(name: str) -> tuple[str, str]:
+    """(run, step) of a row's name: "mine: control" is ("mine", "control"), "control" ("", "control"); any other row
+    is itself, without a step."""
+    run, colon, step = name.rpartition(": ")
+    return (run, step) if step in STEPS and (colon or not run) else (name, "")
+
+
+def runs(report: Report) -> list[str]:
+    """The runs of which a rewritten or a recovered model was measured."""
+    parts = [part(row.name) for row in report.rows]
+    return list(dict.fromkeys(run for run, step in parts if step in ("rewritten", "recovered")))
+
+
+def member(report: Report, run: str, step: str) -> Row | None:
+    """A step of a run; a control that several runs have in common belongs to each of them."""
+    rows = {part(row.name): row for row in report.rows}
+    return rows.get((run, step)) or (rows.get(("", step)) if step == "control" else None)
+
+
+def recovered_from(step: str) -> str | None:
+    """The step that a recovered model comes from: "rewritten" of "recovered", "pruned" of "pruned-recovered"."""
+    if step == "recovered":
+        return "rewritten"
+    return step.removesuffix(RECOVERED) if step.endswith(RECOVERED) else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model before and after its recovery."""
+
+    name: str  # of the run, or of the baseline
+    run: str
+    before: Row
+    after: Row
+
+
+def pairs(report: Report) -> list[Pair]:
+    """What was measured both before and after a recovery, the runs' own models and their baselines."""
+    found = []
+    for row in report.rows:
+        run, step = part(row.name)
+        start = recovered_from(step)
+        before = member(report, run, start) if start else None
+        if before is not None and start is not None:
+            found.append(Pair(run if start == "rewritten" else before.name, run, before, row))
+    return found
+
+
+def results(report: Report) -> list[Row]:
+    """The models that the report is about: what came out of a run, or was given by itself; neither the original, nor
+    what is there to be compared with, nor a stage on the way."""
+    whole = [run for run in runs(report) if member(report, run, "recovered")]
+    kept = []
+    for row in report.rows[1:]:
+        run, step = part(row.name)
+        if step in ("", "recovered") or (step == "rewritten" and run not in whole):
+            kept.append(row)
+    return kept
+
+
+def counterparts(report: Report, row: Row) -> list[Row]:
+    """The baselines of a run that got as much training as this model of it."""
+    run, step = part(row.name)
+    wanted = {"recovered": [kind + RECOVERED for kind in BASELINES], "rewritten": list(BASELINES)}.get(step, [])
+    return [found for name in wanted if (found := member(report, run, name)) is not None]
+
+
+# ---------------------------------------------------------------- in a sentence
+
+
+def listed(words: Sequence[str]) -> str:
+    """ "a, b and c" """
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def named(models: Sequence[str], most: int = 3) -> str:
+    """Some models by name, many by their number."""
+    return listed(models) if len(models) <= most else f"{len(models)} models"
