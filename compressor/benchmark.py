@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,12 +205,14 @@ def benchmark(
             return remembered
         extra: dict[str, Any] = {}
         if METRICS[metric].saves:
-            extra["folder"] = None if folder is None else folder / rows[0]
+            extra["folder"] = None if folder is None else folder / _folder_name(rows[0], metric, settings)
         try:
             with _progress(": ".join([*rows[: len(rows) == 1], metric]), quiet) as progress:
                 measured = METRICS[metric].run(subject(), data.get(metric), progress=progress, **settings, **extra)
         except (UserError, torch.OutOfMemoryError) as error:
             return Gap(metric, settings, " ".join(str(error).split()))
+        if not measured:
+            return Gap(metric, settings, "its settings leave nothing to measure")
         memory.keep(rows, metric, settings, measured)
         return measured
 
@@ -227,7 +232,8 @@ def benchmark(
     held.clear()  # the other metrics need one model at a time
     rows: list[Row] = []
     references: dict[str, list[MetricResult]] = {}
-    for index, name in enumerate(names):
+    compared: set[int] = set()  # places whose references are there
+    for name in names:
         subject = cache(partial(models.__getitem__, name))
         results: list[MetricResult] = []
         gaps: list[Gap] = []
@@ -239,8 +245,13 @@ def benchmark(
                 gaps.append(found)
             else:
                 results += found[name] if place in together else found
-            if index == 0 and METRICS[metric].references is not None and not isinstance(found, Gap):
-                for reference, figures in _references(name, metric, settings, data, subject, memory).items():
+            if METRICS[metric].references is not None and place not in compared and not isinstance(found, Gap):
+                compared.add(place)
+                others = _references(name, metric, settings, data, subject, memory)
+                if isinstance(others, Gap):
+                    gaps.append(others)
+                    continue
+                for reference, figures in others.items():
                     references.setdefault(reference, []).extend(figures)
         source, weights = known[name] if known is not None else (subject().name, subject().hash)
         rows.append(Row(name, source, tuple(results), weights, tuple(gaps)))
@@ -261,15 +272,25 @@ def _references(
     data: Mapping[str, Any],
     subject: Callable[[], Any],
     memory: Memory,
-) -> dict[str, list[MetricResult]]:
+) -> dict[str, list[MetricResult]] | Gap:
     rows = ["(no model)", first]  # whose tokenizer cuts the texts
     found = memory.recall(rows, metric, settings)
     if found is None:
         measure = METRICS[metric].references
         assert measure is not None
-        found = measure(data[metric], subject(), **settings)
+        try:
+            found = measure(data[metric], subject(), **settings)
+        except UserError as error:
+            return Gap(metric, settings, f"baselines without a model: {error}")
         memory.keep(rows, metric, settings, found)
     return found
+
+
+def _folder_name(row: str, metric: str, settings: Mapping[str, Any]) -> str:
+    """A folder of its own for what a metric leaves of a row, which may be named by a path. One component, always."""
+    readable = re.sub(r"[^\w-]+", "-", row).strip("-")[-60:]
+    which = hashlib.sha256(json.dumps([row, metric, settings], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{readable or metric}-{which}"
 
 
 @contextmanager

@@ -138,7 +138,10 @@ def class_logits(
         for batch in rows.passes(wanted, batch_tokens):
             ids, mask, _ = rows.tensors(batch)
             found.update(zip(batch, _logits(model, ids, mask, device).cpu(), strict=True))
-    return torch.stack([found[row] for row in wanted])
+    logits = torch.stack([found[row] for row in wanted])
+    if not logits.isfinite().all():
+        raise UserError("the classifier's logits are not finite numbers")
+    return logits
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, device: torch.device) -> Tensor:

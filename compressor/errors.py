@@ -12,7 +12,7 @@ class UserError(Exception):
 
 def suggestion(word: str, allowed: Iterable[str]) -> str:
     """ " (did you mean X?)" when `word` is close to an allowed word, else an empty string."""
-    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -74,8 +74,8 @@ def labelled(spec: str, *, text_column: str | None = None, split: str | None = N
 
     test: the test split; selection: the validation split, else a tenth of the training rows; training: the rest. Of a
     source of one split a tenth is the test part, and of what is left likewise. A text that stands in two parts is left
-    out of training before selection, and of selection before test. Raises UserError for a source without such columns,
-    and for parts that lack a class.
+    out of training before selection, and of selection before test; a row without a text or a label is left out. Raises
+    UserError for a source without such columns, and for training and selection parts that lack a class.
     """
     source = parse(spec)
     stored = splits(source, "reviews")
@@ -102,7 +102,7 @@ def labelled(spec: str, *, text_column: str | None = None, split: str | None = N
     selection = _without(selection, test)
     found = {"training": _without(_without(rest, test), selection), "selection": selection, "test": test}
     for part, own in found.items():
-        if {label for _, label in own} != set(range(len(classes))):
+        if not own or (part != "test" and {label for _, label in own} != set(range(len(classes)))):
             raise UserError(f"the {part} part of {spec} has {len(own)} rows and not every class; give more rows")
     names = tuple(map(str, classes))
     return Labelled(**{part: _examples(own, source, part, [where[part]], names) for part, own in found.items()})
@@ -143,12 +143,20 @@ def _labelled_rows(rows: Rows, source: Source, text_column: str | None) -> list[
     table = _table(rows, source)
     text = _column(table, source, (text_column,) if text_column else TEXT_COLUMNS, "text")
     label = _column(table, source, LABEL_COLUMNS, "label")
-    found = [(one, two) for one, two in zip(table[text], table[label], strict=True) if two is not None and _text(one)]
+    both = zip(table[text], map(_class, table[label]), strict=True)
+    found = [(one, two) for one, two in both if two is not None and _text(one)]
     if not all(isinstance(value, str) or (isinstance(value, int) and value >= 0) for _, value in found):
         raise UserError(f"column {label!r} of data {source.name!r} holds no classes; allowed: words or numbers from 0")
     if not found:
         raise UserError(f"data {source.name!r} has no row with a text and a label")
     return found
+
+
+def _class(value: Any) -> Any:
+    """A label as a word or a whole number (pandas makes floats of them where one is missing); None: there is none."""
+    if isinstance(value, float):
+        return None if value != value else int(value) if value.is_integer() else value
+    return None if isinstance(value, str) and not value.strip() else value
 
 
 def _column(table: Any, source: Source, names: Sequence[str], what: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .benchmark import check_metrics
 from .errors import UserError, unknown
+from .recipe import parse_yaml
 
 # Installed as the folder compressor/suites; in a source tree they lie where people look for them.
 _SUITE_FOLDERS = (Path(__file__).parent / "suites", Path(__file__).parent.parent / "benchmarks" / "suites")
@@ -29,8 +28,8 @@ def load(name_or_path: str | Path) -> dict[str, Any]:
     if path is None:
         raise unknown("suite", str(name_or_path), [*names(), "FILE.yaml"])
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"), f"suite {path}")
+    except UnicodeDecodeError as error:
         raise UserError(f"suite {path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "metrics" not in content:
         raise UserError(f"suite {path} has no list of metrics; expected `metrics: [...]`")

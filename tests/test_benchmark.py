@@ -227,6 +227,51 @@ def test_a_gap_of_one_model_is_not_the_others(opened):
     assert [len(row.gaps) for row in report.rows] == [1, 0] and report.rows[1].find("parameters")
 
 
+@pytest.mark.parametrize("row", ["/home/me/my-gpt2", "../my-gpt2", "..", "merged_4: recovered", "a/b/c", "", "~/x"])
+def test_what_a_metric_leaves_has_a_folder_below_the_given_one(opened, tmp_path, row):
+    left = []
+
+    def leave(subject, data, *, progress, folder, seed=0):
+        left.append(folder)
+        return METRICS["size"].run(subject, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METRICS, "perplexity", Metric(leave, frozenset({"seed"}), saves=True))
+        asked = [{"metric": "perplexity", "seed": seed} for seed in (0, 1)]
+        benchmark({row: opened["one"], "two": opened["two"]}, asked, {}, origin=ORIGIN, quiet=True, folder=tmp_path)
+    assert len(set(left)) == 4 and all(folder.parent == tmp_path and folder.name.strip(".") for folder in left)
+
+
+def test_a_metric_that_gives_nothing_is_a_gap(opened):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METRICS, "perplexity", Metric(lambda *given, **rest: [], frozenset()))
+        report = benchmark({"one": opened["one"]}, ["perplexity", "size"], {}, origin=ORIGIN, quiet=True)
+    assert [gap.metric for gap in report.rows[0].gaps] == ["perplexity"]
+
+
+def test_baselines_without_a_model_come_from_the_first_model_that_can_be_measured(opened):
+    def measured(subject, data, *, progress):
+        if subject.model.config.n_layer > 1:
+            raise UserError("too deep")
+        return METRICS["size"].run(subject, data)
+
+    def references(data, subject):
+        return {"nothing": METRICS["size"].run(subject, None)}
+
+    def broken(data, subject):
+        raise UserError("no words")
+
+    models = {name: opened[name] for name in ("one", "two")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METRICS, "perplexity", Metric(measured, frozenset(), references=references, data="text"))
+        report = benchmark(models, ["perplexity"], {"perplexity": TEXT}, origin=ORIGIN, quiet=True)
+        assert [row.name for row in report.references] == ["nothing"]
+        patch.setitem(METRICS, "perplexity", Metric(measured, frozenset(), references=broken, data="text"))
+        report = benchmark(models, ["perplexity"], {"perplexity": TEXT}, origin=ORIGIN, quiet=True)
+    assert report.references == () and report.rows[1].find("parameters")
+    assert report.rows[1].gaps[0].reason == "baselines without a model: no words"
+
+
 def test_nothing_measured_at_all_is_an_error(opened):
     with pytest.raises(UserError, match="perplexity: no data; give --data perplexity=D"):
         benchmark({"one": opened["one"]}, ["perplexity"], {}, origin=ORIGIN, quiet=True)

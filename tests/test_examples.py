@@ -36,6 +36,21 @@ def pairs(part: Examples) -> set[tuple[str, str]]:
 # ---------------------------------------------------------------- parts
 
 
+def test_labels_of_a_table_with_holes(tmp_path):
+    """A CSV's empty label is none; numbers that pandas made floats of are numbers."""
+    texts = [f"text {i}" for i in range(60)]
+    (tmp_path / "a.csv").write_text(
+        "text,label\n" + "".join(f"{text},{'' if i == 7 else i % 2}\n" for i, text in enumerate(texts))
+    )
+    found = labelled(str(tmp_path / "a.csv"))
+    assert found.test.classes == ("0", "1")
+    assert sum(map(len, (found.training, found.selection, found.test))) == 59
+    floats = [float("nan") if i == 7 else float(i % 2) for i in range(60)]
+    Dataset.from_dict({"text": texts, "label": floats}).to_parquet(tmp_path / "b.parquet")
+    again = labelled(str(tmp_path / "b.parquet"))
+    assert again.training.targets == found.training.targets and again.test.texts == found.test.texts
+
+
 def test_the_test_split_is_the_test_part_and_a_tenth_of_training_selects(tmp_path):
     found = labelled(write(tmp_path / "d", train=reviews(0, 200), test=reviews(200, 260)))
     assert [(part.part, part.split, len(part)) for part in (found.training, found.selection, found.test)] == [

@@ -19,8 +19,8 @@ STOREYS = [
     {"studies"},
     {"pipeline"},
     {"steps"},
-    {"session", "facts", "run_folder", "recipe"},  # what the steps share
-    {"verify", "benchmark", "suite", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
+    {"session", "facts", "run_folder", "recipe", "suite"},  # what the steps share
+    {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
      "training_rows", "training_schedule", "training_state", "classification"},  # stages
     {"models", "checkpoint", "gpt2", "artifacts", "data", "examples", "sources", "tokens", "fields", "windows",

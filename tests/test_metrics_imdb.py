@@ -433,5 +433,6 @@ def test_in_a_benchmark(opened, data, tmp_path):
     assert report.ratio(two, two.results[1]) is None  # another context
     assert [row.name for row in report.references] == ["majority class", "tf-idf"]
     assert [len(row.results) for row in report.references] == [3, 3]
-    for name in ("one", "two"):
-        assert (tmp_path / name / "model.safetensors").is_file()
+    for row in report.rows:
+        saved = row.results[-1].settings["classifier"]
+        assert saved.startswith(row.name) and (tmp_path / saved / "model.safetensors").is_file()

@@ -80,18 +80,31 @@ def test_a_standard_stands_in_where_d_has_no_columns(
         ["perplexity", "sorting"], [str(tiny_folder)], {"": str(text_file)}, pipeline.Columns(), session
     )
     assert texts["sorting"].source == str(reviews) and not missing
-    assert notices == [f"sorting is measured on {reviews}: {text_file} has no columns for it"]
+    (notice,) = notices
+    assert notice.startswith(f"sorting is measured on {reviews}, not on {text_file}: data") and "plain text" in notice
+
+
+def test_the_column_and_the_split_that_are_given_hold_for_tasks_too(tasks, session, tiny_folder, reviews, tmp_path):
+    table = Dataset.from_parquet(str(reviews)).rename_column("text", "text_of_mine")
+    (tmp_path / "splits").mkdir()
+    for name, rows in (("train", range(40)), ("validation", range(10, 60)), ("test", range(10))):
+        table.select(rows).to_parquet(tmp_path / "splits" / f"{name}.parquet")
+    columns = pipeline.Columns("text_of_mine", "validation")
+    texts, _ = what_on(["sorting"], [str(tiny_folder)], {"": str(tmp_path / "splits")}, columns, session)
+    assert texts["sorting"].test.split == "validation"
+    with pytest.raises(UserError, match="has no column for the text"):
+        what_on(["sorting"], [str(tiny_folder)], {"": str(tmp_path / "splits")}, pipeline.Columns(), session)
 
 
 def test_a_task_without_data_is_a_gap_and_a_notice(tasks, session, notices, tiny_folder, tmp_path, text_file):
     made = pipeline.run_benchmark(
-        [str(tiny_folder)], tmp_path / "out", ["sorting", "size"], {"": str(text_file)}, session
+        [str(tiny_folder)], tmp_path / "out", ["sorting", "size", "perplexity"], {"": str(text_file)}, session
     )
     (gap,) = made.rows[0].gaps
     assert gap.metric == "sorting" and "could not be fetched" in gap.reason
     assert made.rows[0].find("parameters") and any("not measured: sorting" in notice for notice in notices)
     assert report.read(tmp_path / "out") == made
-    with pytest.raises(UserError, match="could not be fetched"):
+    with pytest.raises(UserError, match="is plain text; a task needs rows"):  # nothing else takes it
         pipeline.run_benchmark([str(tiny_folder)], tmp_path / "other", ["sorting"], {"": str(text_file)}, session)
     assert not (tmp_path / "other" / "report.json").exists()
 

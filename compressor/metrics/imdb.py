@@ -175,11 +175,12 @@ def _finetune(subject: OpenModel, asked: _Asked, folder: Path | None, progress: 
                 progress(seed * steps + step, seeds * steps)
 
         trained = classification.train(classifier, training, selection, **tuning, seed=seed, progress=move)
-        if best is None or trained.selection_nll < min(record["selection_nll"] for record in details):
-            best = classifier
         predicted.append(
             classification.class_logits(classifier, test, batch_tokens=asked.batch_tokens).argmax(1).tolist()
         )
+        if best is None or trained.selection_nll < min(record["selection_nll"] for record in details):
+            best = classifier.cpu()
+        del classifier  # of all seeds only the best is held
         details.append(
             {
                 "seed": seed,
@@ -191,7 +192,8 @@ def _finetune(subject: OpenModel, asked: _Asked, folder: Path | None, progress: 
         )
     if folder is not None:
         classification.save(best, subject.tokenizer, asked.context, folder)
-    return _result(asked, predicted, details=details, **asked.tuning)
+    saved = None if folder is None else folder.name
+    return _result(asked, predicted, details=details, **asked.tuning, classifier=saved)
 
 
 # ---------------------------------------------------------------- the result

@@ -103,7 +103,7 @@ def measure(
     batch, prompt_tokens: a number or several, all combinations are measured; prompt_tokens defaults to 256 and
     new_tokens to 32, less where a model has no room. Raises UserError for lengths a model cannot hold.
     """
-    batches, prompts = _several("batch", batch), _several("prompt_tokens", prompt_tokens)
+    batches, prompts = _several("batch", batch) or [1], _several("prompt_tokens", prompt_tokens)
     room = min(subject.model.config.n_positions for subject in subjects)
     prompts = prompts or [max(1, min(_PROMPT, room // 2))]
     new_tokens = max(1, min(_NEW, room - max(prompts))) if new_tokens is None else whole("new_tokens", new_tokens, 1)

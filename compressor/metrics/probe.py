@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import gpt2
+from ..errors import UserError
 from ..tokens import like_lengths, padded
 from .base import Progress
 from .nll import BATCH_TOKENS
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # a second to import
     from sklearn.model_selection import GridSearchCV
 
 LAST, MEAN = 0, 1
+_WORD = r"\b\w\w+\b|[^\w\s]"  # scikit-learn's, and signs: a text may have no word of two letters
 _READ = {"last token and mean": [LAST, MEAN], "mean": [MEAN], "last token": [LAST]}
 _PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of standardised features; the inverse of the L2 penalty
 _WORD_STRENGTHS = (1e-1, 1.0, 1e1, 1e2, 1e3)  # of tf-idf rows, which are of length 1
@@ -50,6 +52,8 @@ def features(
             done += len(batch)
             if progress is not None:
                 progress(done, len(sequences))
+    if not np.isfinite(found).all():
+        raise UserError("the model's final states are not finite numbers; there is nothing to probe")
     return found
 
 
@@ -81,7 +85,7 @@ def fit_words(
 
     with tempfile.TemporaryDirectory() as memory:  # one count of the words for every C
         return _chosen(
-            [("words", TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True))],
+            [("words", TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD))],
             {"regression__C": _WORD_STRENGTHS},
             [*training, *selection],
             classes,

@@ -59,7 +59,10 @@ class Measured(benchmark.Memory):
     def _key(self, rows: Sequence[str], metric: str, settings: Mapping[str, Any]) -> str:
         text = getattr(self.texts.get(metric), "fingerprint", None)
         weights = [self.weights.get(row, row) for row in rows]
-        return json.dumps([metric, settings, weights, text, self.origin.device, self.origin.dtype], sort_keys=True)
+        return json.dumps(
+            [metric, settings, weights, text, self.origin.device, self.origin.dtype, self.origin.version],
+            sort_keys=True,
+        )
 
     def recall(self, rows: Sequence[str], metric: str, settings: Mapping[str, Any]) -> Any:
         found = self.stored.get(self._key(rows, metric, settings))
@@ -128,6 +131,7 @@ def run_benchmark(
         artifacts.sweep(out)
         if session.force:
             artifacts.remove(out / MEASURED)
+            artifacts.remove(out / CLASSIFIERS)
     memory = Measured(out / MEASURED, weights, texts, origin)
     result = benchmark.benchmark(
         _Opened(rows, session),
@@ -211,8 +215,9 @@ def what_on(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """metric -> what it is measured on, and metric -> why there is nothing.
 
-    A D that was named for a metric must be there (UserError); one that was named for all of them serves those that it
-    can; the metric's own standard is taken last, and where it cannot be had either, the metric is a gap.
+    A D that was named for a metric must be there (UserError), and one that was named for all of them must serve it
+    unless a metric on text takes it; then the metric's own standard is taken, with a notice, and where that cannot be
+    had either, the metric is a gap.
     """
     texts: dict[str, Any] = {}
     missing: dict[str, str] = {}
@@ -235,15 +240,20 @@ def what_on(
             if spec is not None:
                 texts[metric] = named_for(metric, spec, columns)
                 continue
-            standard = "demo" if run_folder.of_the_demo(names) else METRICS[metric].standard
-            for offered in [item for item in (sources.get(""), standard) if item is not None]:
+            given, reason = sources.get(""), ""
+            if given is not None:
                 try:
-                    texts[metric] = named_for(metric, offered)
-                except UserError as error:
-                    missing[metric] = str(error)
+                    texts[metric] = named_for(metric, given, columns)
                     continue
-                missing.pop(metric, None)
-                if "" in sources and offered != sources[""]:
-                    session.notice(f"{metric} is measured on {offered}: {sources['']} has no columns for it")
-                break
+                except UserError as error:
+                    if not any(METRICS[other].data == "text" and not sources.get(other) for other in metrics):
+                        raise
+                    reason = str(error)
+            standard = "demo" if run_folder.of_the_demo(names) else METRICS[metric].standard
+            try:
+                texts[metric] = named_for(metric, str(standard))
+                if given is not None:
+                    session.notice(f"{metric} is measured on {standard}, not on {given}: {reason}")
+            except UserError as error:
+                missing[metric] = "; and ".join(filter(None, [reason, str(error)]))
     return texts, missing

@@ -16,6 +16,7 @@ from ..benchmark import Report
 from ..errors import UserError
 from ..recipe import Recipe, parse_yaml
 from ..session import ANYWHERE, Columns, Session, must_be_folder
+from ..steps.measure import MEASURED
 
 STUDY = "study.yaml"
 
@@ -120,6 +121,7 @@ def rows(folder: Path, recipes: Mapping[str, Recipe]) -> dict[str, str]:
 
 def _benchmark(study: Study, folder: Path, recipes: Mapping[str, Recipe], session: Session) -> None:
     if (folder / "report.json").is_file() and not session.force:
+        artifacts.remove(folder / MEASURED)  # killed between the report and this
         return
     shared, models = next(iter(recipes.values())), rows(folder, recipes)
     recovered = {} if shared.finetune is None else {row for row in models if row.endswith("recovered")}
