@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import planted
 from planted import generation, imdb, report, rouge, row, task
 
@@ -131,3 +133,15 @@ def test_details_that_are_no_texts_are_left_alone():
     for details in ({"a": 1}, [1, "x"], [{"prompt": "p"}], [{"prompt": 3, "text": "t"}], "text"):
         figure = task("distinct2", 0.5, protocol="p", details=details)
         assert prompts(report(row("original", [figure]))) == []
+
+
+def test_the_caps_of_a_task_are_said():
+    def measured(cut):
+        found = imdb(0.8)[0]
+        settings = {**found.settings, "context": 256, "training": 400, "selection": 100, "cut": cut, "seeds": None}
+        return [dataclasses.replace(found, settings=settings)]
+
+    said = only(report(row("original", measured(0.25)), row("small", measured(1.0)))).note
+    assert "Context 256 tokens, 400 training texts, 100 selection texts, documents cut 25% to 100%." in said
+    assert "seeds" not in said
+    assert "tokens" not in only(report(row("original", imdb(0.8)))).note

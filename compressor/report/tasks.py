@@ -160,7 +160,35 @@ def _how(task: Task) -> str:
     fingerprint = f", fingerprint {settings['fingerprint'][:12]}" if settings.get("fingerprint") else ""
     on = f" On {settings['source']}{fingerprint}." if settings.get("source") else ""
     method = f" Intervals: {spread['method']}." if spread.get("method") else ""
-    return f"{better}.{on}{method}{without}"
+    return f"{better}.{on}{_conditions(task)}{method}{without}"
+
+
+# setting of a result -> how it reads; those that differ from model to model are given as a range
+_CONDITIONS = {
+    "context": "context {} tokens",
+    "training": "{} training texts",
+    "selection": "{} selection texts",
+    "epochs": "{} epochs",
+    "seeds": "{} seeds",
+    "new_tokens": "{} new tokens",
+    "sentences": "first {} sentences scored",
+}
+_SHARES = {"cut": "documents cut {}", "ended": "ended by themselves {}", "empty": "nothing written {}"}
+
+
+def _conditions(task: Task) -> str:
+    """Under which caps the figures of a task were taken, and what befell the texts."""
+    settings = [
+        item.result.settings for column in task.columns.values() for item in column if item.result and item.model
+    ]
+    said = []
+    for name, words in (_CONDITIONS | _SHARES).items():
+        values = [own[name] for own in settings if isinstance(own.get(name), int | float)]
+        if values:
+            low, high = (f"{value:.0%}" if name in _SHARES else f"{value:,}" for value in (min(values), max(values)))
+            said.append(words.format(low if low == high else f"{low} to {high}"))
+    joined = ", ".join(said)
+    return f" {joined[0].upper()}{joined[1:]}." if joined else ""
 
 
 # ---------------------------------------------------------------- samples
