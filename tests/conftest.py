@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from toy import toy_alignment, toy_gpt2
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 END = "<|endoftext|>"
@@ -141,6 +142,17 @@ def made_run(_made_run, tmp_path) -> Path:
 def aligned_run(_made_run, tmp_path) -> Path:
     """The same before the rewrite."""
     return shutil.copytree(_made_run, tmp_path / "aligned", ignore=shutil.ignore_patterns("rewritten"))
+
+
+@pytest.fixture(scope="module")
+def original() -> GPT2LMHeadModel:
+    """A toy model to rewrite."""
+    return toy_gpt2()
+
+
+@pytest.fixture(scope="module")
+def alignment(original):
+    return toy_alignment(original)
 
 
 # ---------------------------------------------------------------- command lines

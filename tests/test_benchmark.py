@@ -227,7 +227,7 @@ def test_a_gap_of_one_model_is_not_the_others(opened):
     assert [len(row.gaps) for row in report.rows] == [1, 0] and report.rows[1].find("parameters")
 
 
-@pytest.mark.parametrize("row", ["/home/me/my-gpt2", "../my-gpt2", "..", "merged_4: recovered", "a/b/c", "", "~/x"])
+@pytest.mark.parametrize("row", ["/elsewhere/my-gpt2", "../my-gpt2", "..", "merged_4: recovered", "a/b/c", "", "~/x"])
 def test_what_a_metric_leaves_has_a_folder_below_the_given_one(opened, tmp_path, row):
     left = []
 

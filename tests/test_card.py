@@ -25,12 +25,12 @@ from compressor.steps import cards
 BASE, OWN, CONTROL = "0" * 64, "1" * 64, "2" * 64  # weights
 ORIGIN = {
     "version": "0.1.0",
-    "command": "gpt2-compress run soft_shared model=/home/anna/secret/gpt2 --run /home/anna/runs/mine",
-    "base_model": "/home/anna/secret/gpt2",
+    "command": "gpt2-compress run soft_shared model=/elsewhere/anna/secret/gpt2 --run /elsewhere/anna/runs/mine",
+    "base_model": "/elsewhere/anna/secret/gpt2",
     "base_hash": BASE,
     "data": {
-        "calibration": {"source": "/home/anna/secret/texts.txt"},
-        "training": {"source": "/home/anna/secret/texts.txt"},
+        "calibration": {"source": "/elsewhere/anna/secret/texts.txt"},
+        "training": {"source": "/elsewhere/anna/secret/texts.txt"},
     },
     "torch": "2.13.0",
     "transformers": "5.23.0",
@@ -62,7 +62,7 @@ SHARED = GPT2CompressedConfig(n_positions=1024)
 
 
 def figures(name: str, weights: str, score: float, *gaps: Gap):
-    own = [*size(110_529_792), *perplexity(score, source="/home/anna/secret/texts.txt", split="test")]
+    own = [*size(110_529_792), *perplexity(score, source="/elsewhere/anna/secret/texts.txt", split="test")]
     return row(name, [*own, *latency(10, 1), *imdb(0.8), *rouge(0.2)], *gaps, weights=weights)
 
 
@@ -138,7 +138,7 @@ def test_how_it_is_opened():
 
 
 def test_the_figures_of_a_benchmark():
-    text = card("recovered", RECOVERED, SHARED, shown(Gap("generation", {}, "/home/anna/secret is full")))
+    text = card("recovered", RECOVERED, SHARED, shown(Gap("generation", {}, "/elsewhere/anna/secret is full")))
     text = text[text.index("## Figures") :]
     lines = table(text)
     assert [line[0] for line in lines[2:5]] == ["original", "control", "this model"]
@@ -151,7 +151,7 @@ def test_the_figures_of_a_benchmark():
 
 
 def test_no_place_of_this_machine_is_given_away():
-    rows = shown(Gap("generation", {}, "/home/anna/secret is full"))
+    rows = shown(Gap("generation", {}, "/elsewhere/anna/secret is full"))
     for text in (card("recovered", RECOVERED, SHARED, rows), card("rewritten", MADE, SHARED)):
         assert "anna" not in text and "/home" not in text
         assert "`gpt2-compress run soft_shared model=gpt2 --run mine`" in text

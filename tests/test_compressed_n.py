@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from toy import toy_alignment, toy_blocks, toy_gpt2
+from toy import toy_blocks, toy_gpt2
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from compressor import gpt2, models
@@ -14,16 +14,6 @@ from compressor.metrics.size import parameters
 from compressor.rewrites import compressed_n
 from compressor.rewrites.compose import apply, structure
 from compressor.rewrites.compressed_n import CompressedN
-
-
-@pytest.fixture(scope="module")
-def original():
-    return toy_gpt2()
-
-
-@pytest.fixture(scope="module")
-def alignment(original):
-    return toy_alignment(original)
 
 
 def _make(original, alignment, **record):

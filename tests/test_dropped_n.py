@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from toy import toy_alignment, toy_blocks, toy_config, toy_gpt2
+from toy import toy_blocks, toy_config, toy_gpt2
 from transformers import GPT2LMHeadModel
 
 from compressor import gpt2
@@ -15,16 +15,6 @@ from compressor.errors import UserError
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply, check, choose, layer_map
 from compressor.rewrites.dropped_n import DroppedN, block_influence
-
-
-@pytest.fixture(scope="module")
-def original():
-    return toy_gpt2()
-
-
-@pytest.fixture(scope="module")
-def alignment(original):
-    return toy_alignment(original)
 
 
 def _quiet(model, *layers):

@@ -12,16 +12,6 @@ from compressor.rewrites.compose import apply, structure
 from compressor.rewrites.merged_n import MergedN
 
 
-@pytest.fixture(scope="module")
-def original():
-    return toy_gpt2()
-
-
-@pytest.fixture(scope="module")
-def alignment(original):
-    return toy_alignment(original)
-
-
 def _make(original, alignment, **record):
     rewrite = MergedN(**record).resolved(original.config)
     return rewrite, apply([rewrite], original, alignment, calibration=toy_blocks(original.config))

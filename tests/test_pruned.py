@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from toy import toy_alignment, toy_blocks, toy_config, toy_gpt2
+from toy import toy_blocks, toy_config, toy_gpt2
 
 from compressor.errors import UserError
 from compressor.finetune import finetune, resolve_train
@@ -20,16 +20,6 @@ from compressor.rewrites.pruned import Pruned, smallest
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 NAMES = [f"transformer.h.{layer}.{linear}.weight" for layer in range(6) for linear in LINEARS]
 WEIGHTS = 6 * 12 * 32 * 32
-
-
-@pytest.fixture(scope="module")
-def original():
-    return toy_gpt2()
-
-
-@pytest.fixture(scope="module")
-def alignment(original):
-    return toy_alignment(original)
 
 
 def _make(original, alignment, **record):

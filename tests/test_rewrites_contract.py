@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from toy import toy_alignment, toy_blocks, toy_gpt2
+from toy import toy_blocks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from compressor import models
@@ -62,16 +62,6 @@ CASES = [
     for name, examples in EXAMPLES.items()
     for index, (record, change) in enumerate(examples)
 ]
-
-
-@pytest.fixture(scope="module")
-def original():
-    return toy_gpt2()
-
-
-@pytest.fixture(scope="module")
-def alignment(original):
-    return toy_alignment(original)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import toy_alignment, toy_blocks, toy_gpt2
+from toy import toy_blocks, toy_gpt2
 
 from compressor import gpt2, models
 from compressor.alignment import align_activations, identity, permute_layer
@@ -13,16 +13,6 @@ from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply, structure
 from compressor.rewrites.merged_n import MergedN
 from compressor.rewrites.soft_shared import RIDGE, SoftShared
-
-
-@pytest.fixture(scope="module")
-def original():
-    return toy_gpt2()
-
-
-@pytest.fixture(scope="module")
-def alignment(original):
-    return toy_alignment(original)
 
 
 def _make(original, alignment, **record):

@@ -57,6 +57,9 @@ class _Task:
     rows: Examples
     documents: list[list[int]]  # token ids, cut
     ending: list[int]  # the prompt's, which follow the document's
+    new_tokens: int
+    top_k: int | None
+    sentences: int | None
     settings: dict[str, Any]
 
     @property
@@ -68,12 +71,12 @@ def _task(
     data: Examples,
     subject: OpenModel,
     *,
-    max_examples: int | None,
-    new_tokens: int,
-    top_k: int | None,
-    prompt: str | None,
-    context: int | None,
-    sentences: int | None,
+    max_examples: int | None = None,
+    new_tokens: int = NEW_TOKENS,
+    top_k: int | None = None,
+    prompt: str | None = None,
+    context: int | None = None,
+    sentences: int | None = SENTENCES,
 ) -> _Task:
     """Check the settings and cut every document at its end, so that it, the prompt and the new tokens fit `context`."""
     positions, vocabulary = subject.model.config.n_positions, subject.model.config.vocab_size
@@ -114,7 +117,7 @@ def _task(
         "split": rows.split,
         "fingerprint": rows.fingerprint,
     }
-    return _Task(rows, [ids[:room] for ids in whole_documents], ending, settings)
+    return _Task(rows, [ids[:room] for ids in whole_documents], ending, new_tokens, top_k, sentences, settings)
 
 
 def measure(
@@ -122,17 +125,13 @@ def measure(
     data: Examples,
     *,
     progress: Progress | None = None,
-    max_examples: int | None = None,
-    new_tokens: int = NEW_TOKENS,
-    top_k: int | None = None,
-    prompt: str | None = None,
-    context: int | None = None,
-    sentences: int | None = SENTENCES,
     batch: int = BATCH,
     seed: int = 0,
+    **settings: Any,
 ) -> list[MetricResult]:
     """`rouge1`, `rouge2` and `rougeL` (F1 in 0..1, mean over documents, bootstrap interval) of a model's summaries.
 
+    settings: max_examples, new_tokens=100, top_k, prompt, context, sentences=3.
     The model reads a document and `prompt` (default: "TL;DR:" on a line of its own, for the demo's rows "In short:"),
     at most `context` tokens (default n_positions) with the `new_tokens` that it writes greedily or, with `top_k`,
     sampled from the k likeliest (the paper: 2); the end of text ends a summary. The first `sentences` of it are scored
@@ -141,67 +140,44 @@ def measure(
     """
     whole("batch", batch, 1)
     whole("seed", seed, 0)
-    task = _task(
-        data,
-        subject,
-        max_examples=max_examples,
-        new_tokens=new_tokens,
-        top_k=top_k,
-        prompt=prompt,
-        context=context,
-        sentences=sentences,
-    )
+    task = _task(data, subject, **settings)
     written = continuations(
         subject.model,
         task.prompts,
-        new_tokens,
+        task.new_tokens,
         ends=end_tokens(subject.model, subject.tokenizer),
-        top_k=top_k,
+        top_k=task.top_k,
         seed=seed,
         batch=batch,
         progress=progress,
     )
-    texts = [first_sentences(_text(subject, ids), sentences) for ids in written]
-    settings = {
+    texts = [first_sentences(_text(subject, ids), task.sentences) for ids in written]
+    said = {
         **task.settings,
-        "seed": None if top_k is None else seed,
+        "seed": None if task.top_k is None else seed,
         "generated_tokens": float(np.mean([len(ids) for ids in written])),
-        "ended": float(np.mean([len(ids) < new_tokens for ids in written])),
+        "ended": float(np.mean([len(ids) < task.new_tokens for ids in written])),
         "empty": float(np.mean([not _words(text) for text in texts])),
     }
     examples = [
         {"document": document.strip()[:_BEGINNING], "reference": target, "generated": text}
         for document, target, text in zip(task.rows.texts[:_SHOWN], task.rows.targets, texts, strict=False)
     ]
-    return _score(texts, task.rows, settings, examples)
+    return _score(texts, task.rows, said, examples)
 
 
 def references(
     data: Examples,
     subject: OpenModel,
     *,
-    max_examples: int | None = None,
-    new_tokens: int = NEW_TOKENS,
-    top_k: int | None = None,
-    prompt: str | None = None,
-    context: int | None = None,
-    sentences: int | None = SENTENCES,
     batch: int = BATCH,
     seed: int = 0,
+    **settings: Any,
 ) -> dict[str, list[MetricResult]]:
     """What no model is needed for, on the same rows: the document's first sentences ("lead-3"), and all that a model
     is given of the document ("prompt echo"), which is what a harness rewards that scores the prompt too."""
-    task = _task(
-        data,
-        subject,
-        max_examples=max_examples,
-        new_tokens=new_tokens,
-        top_k=top_k,
-        prompt=prompt,
-        context=context,
-        sentences=sentences,
-    )
-    count = SENTENCES if sentences is None else sentences
+    task = _task(data, subject, **settings)
+    count = SENTENCES if task.sentences is None else task.sentences
     leads = [first_sentences(text, count) for text in task.rows.texts]
     echoes = [_text(subject, ids) for ids in task.documents]
     return {
