@@ -85,6 +85,8 @@ class Report:
     origin: Provenance
     metrics: tuple[dict[str, Any], ...] = ()  # what was asked for: {"metric": name, setting: value, ...}
     references: tuple[Row, ...] = ()  # what is measured without a model: majority class, first sentences
+    title: str = ""  # of a study
+    workflow: tuple[str, ...] = ()  # a study's steps, and where the report has what came of each
 
     def baseline(self, result: MetricResult) -> MetricResult | None:
         """The first row's figure of the same metric that was measured in the same way, else None."""
@@ -109,6 +111,8 @@ class Report:
             "results": self._flat(self.rows),
             "references": self._flat(self.references),
             "gaps": [{"model": row.name, **dataclasses.asdict(gap)} for row in self.rows for gap in row.gaps],
+            "title": self.title,
+            "workflow": list(self.workflow),
         }
 
     def _flat(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -147,7 +151,14 @@ class Report:
         references = tuple(
             Row(name, "", results(given, name)) for name in dict.fromkeys(record["model"] for record in given)
         )
-        return cls(rows, Provenance(**body["provenance"]), tuple(body.get("metrics", ())), references)
+        return cls(
+            rows,
+            Provenance(**body["provenance"]),
+            tuple(body.get("metrics", ())),
+            references,
+            body.get("title", ""),
+            tuple(body.get("workflow", ())),
+        )
 
 
 def comparable(one: MetricResult, other: MetricResult) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import planted
 import pytest
 from conftest import forced, tree
 
 from compressor import pipeline, recipe
 from compressor.errors import UserError
 from compressor.metrics import METRICS
+from compressor.report.content import content
 from compressor.studies import STUDIES, Member, Study, run_study
 from compressor.studies.study import rows
 
@@ -35,6 +37,7 @@ def small(tiny_folder, text_file) -> Study:
             Member("unaligned", {"rewrite": "merged_n", "n": 2, "start": 2}, ["align.method=none"]),
         ),
         before=("perplexity",),
+        workflow=("Measure <all> of it: Size.", "Look at it."),
     )
 
 
@@ -60,6 +63,11 @@ def test_members_share_alignments_and_one_control(small, tmp_path, session, monk
         assert (row.find("parameters") is None) == row.name.endswith(": rewritten")
         assert row.find("perplexity") is not None and not row.gaps
     assert len({row.find("perplexity").value for row in report.rows}) == len(report.rows)
+    written = (tmp_path / "s" / "report.md").read_text()
+    assert written.startswith("# A small study\n")
+    assert r"1. Measure \<all> of it: Size." + "\n2. Look at it." in written
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "<li>Measure &lt;all&gt; of it: Size.</li>" in page and "<h1>A small study</h1>" in page
 
 
 def test_a_member_is_what_a_run_of_its_recipe_makes(small, tmp_path, session):
@@ -132,6 +140,16 @@ def test_without_recovery_there_is_no_control(small, tmp_path, session):
         "original", "merged: rewritten", "cut: rewritten", "unaligned: rewritten"
     ]  # fmt: skip
     assert all(row.find("parameters") for row in report.rows)
+
+
+def test_the_workflow_of_the_source_has_nine_steps_and_names_sections_of_the_report():
+    told = content(planted.study())
+    sections = {table.title.split(", ")[0] for table in told.tables} | {"Samples", "How it was made"}
+    steps = STUDIES["code_n_all"].workflow
+    assert len(steps) == 9
+    for step in steps:
+        named = step.rstrip(".").rpartition(": ")[2].replace(", column before", "").replace(", column after", "")
+        assert named == told.main.title or set(named.split(", ")) <= sections, step
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -27,6 +27,7 @@ class Content:
     title: str
     tiles: tuple[Tile, ...]
     findings: tuple[str, ...]
+    workflow: tuple[str, ...]  # a study's
     main: Table
     tables: tuple[Table, ...]  # perplexity, latency, recovery, tasks
     missing: Table | None  # why each gap is there
@@ -50,6 +51,7 @@ def content(report: Report, stories: Sequence[Story] = ()) -> Content:
         title=_title(report),
         tiles=tuple(tiles(report)),
         findings=tuple(findings(report, gaps)),
+        workflow=report.workflow,
         main=Table(main.header, main.body, "Size, quality and speed", note),
         tables=(
             *([recovery] if recovery else ()),
@@ -69,6 +71,8 @@ def content(report: Report, stories: Sequence[Story] = ()) -> Content:
 
 def _title(report: Report) -> str:
     """What a reader would call it."""
+    if report.title:
+        return report.title
     base = Path(report.origin.base_model).name or report.origin.base_model
     if runs(report):
         return f"{base} and what was made of it"

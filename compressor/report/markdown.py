@@ -16,6 +16,8 @@ _WIDTH = 100  # of samples: a line that is not wrapped has to be scrolled
 def document(told: Content) -> str:
     """report.md, whose plots lie beside it."""
     parts = [f"# {escaped(told.title)}", "## Summary", "\n".join(f"- {escaped(line)}" for line in told.findings)]
+    if told.workflow:
+        parts += ["## Workflow", "\n".join(f"{n}. {escaped(step)}" for n, step in enumerate(told.workflow, 1))]
     for table in (told.main, *told.tables):
         parts += _section(table)
     if told.missing:

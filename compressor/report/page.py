@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 
 from .content import Content
@@ -72,6 +73,7 @@ def document(told: Content) -> str:
     """The whole page. It loads nothing and runs nothing; all that a user named is escaped."""
     sections = [
         ("summary", "Summary", _summary(told)),
+        ("workflow", "Workflow", _workflow(told.workflow)),
         ("models", told.main.title, _table(told.main)),
         ("tables", "Tables", "\n".join(_titled(table) for table in told.tables)),
         ("missing", "Not measured", _missing(told.missing) if told.missing else ""),
@@ -117,6 +119,11 @@ def _summary(told: Content) -> str:
     )
     found = "\n".join(f"<li>{escape(line)}</li>" for line in told.findings)
     return (f'<div class="tiles">\n{tiles}\n</div>\n' if tiles else "") + f"<ul>\n{found}\n</ul>"
+
+
+def _workflow(steps: Sequence[str]) -> str:
+    items = "\n".join(f"<li>{escape(step)}</li>" for step in steps)
+    return f"<ol>\n{items}\n</ol>" if steps else ""
 
 
 def _note(table: Table) -> str:

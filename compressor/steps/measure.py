@@ -102,13 +102,15 @@ def run_benchmark(
     baselines: Sequence[str] | None = None,
     rows: Mapping[str, str] | None = None,
     only: Mapping[str, Collection[str]] = MappingProxyType({}),
+    title: str = "",
+    workflow: Sequence[str] = (),
 ) -> benchmark.Report:
     """Step 6: measure models side by side; write report.json, report.md, report.html and plots into `out`.
 
     sources: metric -> D; the empty key is for every metric that has none of its own. baselines: which kinds of those
     that the runs have, and further MODELs, which become rows without figures where they cannot be had; None: all that
-    the runs have. rows: name -> MODEL instead of all these. only: row -> the metrics it gets, where not all. What an
-    interrupted call has measured is not measured again.
+    the runs have. rows: name -> MODEL instead of all these. only: row -> the metrics it gets, where not all. title,
+    workflow: what the report is to say besides. What an interrupted call has measured is not measured again.
     """
     out = Path(out)
     check_place(out, session)
@@ -151,6 +153,7 @@ def run_benchmark(
         session.notice(f"warning: no figures of {model}: {reason}")
         gaps = tuple(benchmark.Gap(metric, settings, reason) for metric, settings in chosen)
         result = dataclasses.replace(result, rows=(*result.rows, benchmark.Row(model, model, (), gaps=gaps)))
+    result = dataclasses.replace(result, title=title, workflow=tuple(workflow))
     cards.renew(names, result, session.notice)
     report.write(out, result, stories(names, session.notice))  # last: where it is, all is done
     artifacts.remove(out / MEASURED)

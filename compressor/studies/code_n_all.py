@@ -43,4 +43,17 @@ CODE_N_ALL = Study(
         *(Member(f"compressed_{n}", _compressed(n), _BASELINES if n == 6 else ()) for n in SIZES),
     ),
     before=("perplexity", "size", "generation"),
+    workflow=(
+        "Sample text of the original and of every variant, the same prompts and seed: Samples.",
+        "Perplexity of every variant before fine-tuning: Recovery, column before.",
+        "The same fine-tuning (steps, batches, seed) for every variant and, as control, for the original: Recovery, "
+        "How it was made.",
+        "Perplexity after fine-tuning: Recovery, column after.",
+        "All perplexities side by side, with errors and per word: Perplexity strided.",
+        "Latency of merged, compressed and original in one process, prefill and decode apart: Prefill latency, Decode "
+        "latency.",
+        "Speed-up of compressed_n against the original: Size, quality and speed.",
+        "IMDb accuracy of all, beside the majority class and a bag of words: IMDb.",
+        "ROUGE-1/2/L of summaries of all, beside the first sentences and the prompt: Summaries.",
+    ),
 )  # fmt: skip

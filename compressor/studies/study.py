@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Study:
     recipe: Mapping[str, Any]  # of every member but for its rewrites
     members: tuple[Member, ...]
     before: Collection[str]  # the metrics that the models get right after the rewrite; recovered ones get all
-    findings: Callable[[Report], list[str]] = field(default=lambda report: [])  # what the figures say, as Markdown
+    workflow: tuple[str, ...] = ()  # its steps, and where the report has what came of each
 
 
 def run_study(
@@ -135,4 +135,6 @@ def _benchmark(study: Study, folder: Path, recipes: Mapping[str, Recipe], sessio
         rows=models,
         only=dict.fromkeys(before, study.before),
         baselines=shared.benchmark.baselines,
+        title=study.title,
+        workflow=study.workflow,
     )
