@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from . import gpt2
 from .errors import UserError, unknown
 
-SITES = ("input", "pre", "post", "output")  # in the order in which one FFN passes them
+ATTENTION_SITES = ("attention_input", "attention_mixed")
+SITES = (*ATTENTION_SITES, "input", "pre", "post", "output")  # in the order in which a block passes them
 
 Batch = tuple[Tensor, Tensor]  # ids int64[rows, context], mask bool[rows, context]
 Consumer = Callable[[int, str, Tensor], None]
@@ -36,6 +37,8 @@ def capture(
 
     Sites of an FFN: "input" = what c_fc gets (after ln_2) [tokens, d]; "pre" = what c_fc gives [tokens, d_ff];
     "post" = what c_proj gets [tokens, d_ff]; "output" = what c_proj gives [tokens, d].
+    Of attention: "attention_input" = what c_attn gets [tokens, d]; "attention_mixed" = what c_proj gets, the heads'
+    weighted values side by side [tokens, d].
 
     Within a batch the calls come by ascending layer and, within a layer, in the order of SITES, each exactly once, with
     the tokens of all sites in the same order. `activations` holds the real tokens only and may be a view of what the
@@ -72,7 +75,7 @@ def capture(
         for layer in wanted:
             for site in SITES:
                 if site in sites:
-                    hooks.callback(_attach(gpt2.ffn(model, layer), layer, site, hand_on).remove)
+                    hooks.callback(_attach(model, layer, site, hand_on).remove)
         for ids, real_tokens in batches:
             _check(ids, real_tokens, model.config.n_positions)
             tokens = int(real_tokens.sum())
@@ -87,11 +90,13 @@ def capture(
     return seen
 
 
-def _attach(ffn: nn.Module, layer: int, site: str, hand_on: Consumer) -> torch.utils.hooks.RemovableHandle:
-    linear = ffn.get_submodule("c_fc" if site in ("input", "pre") else "c_proj")
-    if site in ("input", "post"):
-        return linear.register_forward_pre_hook(lambda _module, inputs: hand_on(layer, site, inputs[0]))
-    return linear.register_forward_hook(lambda _module, _inputs, output: hand_on(layer, site, output))
+def _attach(model: PreTrainedModel, layer: int, site: str, hand_on: Consumer) -> torch.utils.hooks.RemovableHandle:
+    own = gpt2.attention(model, layer) if site in ATTENTION_SITES else gpt2.ffn(model, layer)
+    first = {"attention_input": "c_attn", "input": "c_fc", "pre": "c_fc"}
+    linear: nn.Module = own.get_submodule(first.get(site, "c_proj"))
+    if site in ("pre", "output"):
+        return linear.register_forward_hook(lambda _module, _inputs, output: hand_on(layer, site, output))
+    return linear.register_forward_pre_hook(lambda _module, inputs: hand_on(layer, site, inputs[0]))
 
 
 def _check(ids: Tensor, mask: Tensor, positions: int) -> None:

@@ -6,7 +6,7 @@ Linears of the blocks are `Conv1D`: weight (in, out), y = x W + b.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,61 @@ def linears(model: PreTrainedModel) -> list[Conv1D]:
 def ffn(model: PreTrainedModel, layer: int) -> Any:
     """The FFN of a plain GPT-2's block: `.c_fc` [d, d_ff], `.act`, `.c_proj` [d_ff, d]."""
     return blocks(model)[layer].mlp
+
+
+def attention(model: PreTrainedModel, layer: int) -> Any:
+    """The attention of a plain GPT-2's block: `.c_attn` [d, 3 d], `.c_proj` [d, d]."""
+    return blocks(model)[layer].attn
+
+
+def linear(model: PreTrainedModel, layer: int, leaf: str) -> tuple[Tensor, Tensor]:
+    """Weight [in, out] and bias [out] of a linear of a plain GPT-2's block: "attn.q", "attn.k", "attn.v", "attn.o",
+    "mlp.c_fc" or "mlp.c_proj"."""
+    own = attention(model, layer)
+    if leaf in ("attn.q", "attn.k", "attn.v"):
+        d, part = model.config.n_embd, "qkv".index(leaf[-1])
+        columns = slice(part * d, (part + 1) * d)
+        return own.c_attn.weight.detach()[:, columns], own.c_attn.bias.detach()[columns]
+    found = own.c_proj if leaf == "attn.o" else ffn(model, layer).get_submodule(leaf.removeprefix("mlp."))
+    return found.weight.detach(), found.bias.detach()
+
+
+def linear_key(layer: int, leaf: str, name: str) -> str:
+    """The state-dict key of a tensor ("weight" or "bias") of a linear, queries, keys and values as parts of c_attn."""
+    path = {"attn.o": "attn.c_proj"}.get(leaf, leaf.replace("attn.", "attn.c_attn."))
+    return block_key(layer, f"{path}.{name}")
+
+
+def joined_qkv(tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """With every c_attn of the keys `wanted` that is there in parts put together."""
+    result = dict(tensors)
+    for name in wanted:
+        head, dot, tail = name.rpartition(".c_attn.")
+        parts = [f"{head}.c_attn.{part}.{tail}" for part in "qkv"]
+        if dot and name not in result and all(part in result for part in parts):
+            result[name] = torch.cat([result[part] for part in parts], -1)
+    return result
+
+
+def head(model: PreTrainedModel) -> Any:
+    """The module that gives the logits; its `.weight` is [vocabulary, d]."""
+    return model.get_output_embeddings()
+
+
+def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """float[..., vocabulary] of the trunk's final hidden states float[..., d]."""
+    return model.logits(hidden) if hasattr(model, "logits") else head(model)(hidden)
+
+
+def head_product(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """left [..., k] and right [vocabulary, k] with logits = left right^T: the states and the head's weight, but where
+    the head is no linear."""
+    return model.head_product(hidden) if hasattr(model, "head_product") else (hidden, head(model).weight)
+
+
+def feature_bank(model: PreTrainedModel) -> Any:
+    """The feature banks of a compressed model's Tversky projections, by their keys."""
+    return trunk(model).feature_bank
 
 
 def ffn_weights(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

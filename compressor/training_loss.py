@@ -139,11 +139,12 @@ class TokenObjective(Objective):
         return loss, sums, self._penalty() if with_penalty else None
 
     def _states(self, model: GPT2LMHeadModel, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The trunk's final states of all positions but the last, float[rows * (context - 1), d], and the head."""
+        """The trunk's final states of all positions but the last, float[rows * (context - 1), d], and the head [vocabulary, d];
+        of another width than d where the head is no linear."""
         attention_mask = None if mask is None else mask.long()
         with torch.autocast(ids.device.type, dtype=self.low, enabled=self.low is not None):
             hidden = gpt2.trunk(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return hidden[:, :-1].flatten(0, 1), model.get_output_embeddings().weight
+            return gpt2.head_product(model, hidden[:, :-1].flatten(0, 1))
 
     def _penalty(self) -> Tensor | None:
         with torch.autocast(gpt2.device(self.model).type, enabled=False):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..gpt2 import evaluating, fused_activations, trunk
+from ..gpt2 import evaluating, fused_activations, logits, trunk
 from .base import Progress
 
 BATCH_TOKENS = 4096
@@ -22,10 +22,9 @@ def hidden_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tenso
 
     The head runs on slices of the states; log-softmax is float32 whatever the model's dtype.
     """
-    head = model.get_output_embeddings()
     rows = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
     slices = [
-        nn.functional.cross_entropy(head(states).float(), wanted, reduction="none")
+        nn.functional.cross_entropy(logits(model, states).float(), wanted, reduction="none")
         for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return torch.cat(slices).cpu().double()  # on the CPU: not every accelerator has float64

@@ -1,8 +1,10 @@
-"""The model of a compressed checkpoint: GPT-2 whose layers may share FFNs through a bank on the trunk.
+"""The model of a compressed checkpoint: GPT-2 whose layers may share FFNs and features through banks on the trunk.
 
 State dict: `transformer.h.{i}.{ln_1,attn,ln_2}` as in GPT-2; a layer outside every group keeps `mlp.{c_fc,c_proj}`;
 `transformer.ffn_bank.{g}.{c_fc,c_proj}` holds each shared FFN once; a layer of a group holds only
-`mlp.{c_fc,c_proj}.{delta_a,delta_b,bias}`.
+`mlp.{c_fc,c_proj}.{delta_a,delta_b,bias}`. `transformer.feature_bank.{key}.weight` holds the features of Tversky
+projections once; a projection (`attn.c_attn.{q,k,v}`, `attn.c_proj`, `mlp.{c_fc,c_proj}`, `mlp.block`,
+`lm_head.projection`) holds its prototypes and scalars.
 """
 
 from __future__ import annotations
@@ -13,21 +15,40 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_gpt2_compressed import GPT2CompressedConfig
 from .shared_ffn import LayerDelta, LayerFFN, SharedFFN
+from .tversky import (
+    FeatureBank,
+    Scalars,
+    TverskyAttention,
+    TverskyFFN,
+    TverskyHead,
+    TverskyProjection,
+    feature_banks,
+    tversky_places,
+)
 
 
 class GPT2CompressedBlock(GPT2Block):
-    """GPT-2's block; the FFN is handed the trunk's bank where it belongs to a group."""
+    """GPT-2's block; attention and FFN are handed the trunk's banks where they use them."""
 
-    def __init__(self, config: Any, layer_idx: int, group: int | None = None):
+    def __init__(self, config: Any, layer_idx: int, group: int | None = None, places: dict | None = None):
         super().__init__(config, layer_idx=layer_idx)
+        places = places or {}
         self.shares_ffn = group is not None
+        self.tversky_attention = bool(places.keys() & {"q", "k", "v", "attn_out"})
+        self.tversky_ffn = bool(places.keys() & {"c_fc", "mlp_out", "mlp_block"})
         if group is not None:
             entry = config.ffn_groups[group]
             self.mlp = LayerFFN(config, group, entry["rank"], entry["bias"])  # type: ignore[assignment]
+        if self.tversky_attention:
+            self.attn = TverskyAttention(config, layer_idx, places)
+        if self.tversky_ffn:
+            self.mlp = TverskyFFN(config, places)  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
         self,
@@ -38,6 +59,7 @@ class GPT2CompressedBlock(GPT2Block):
         encoder_attention_mask=None,
         use_cache: bool | None = False,
         ffn_bank: nn.ModuleList | None = None,
+        feature_bank: nn.ModuleDict | None = None,
         **kwargs,
     ) -> Tensor:
         attention, _ = self.attn(
@@ -45,11 +67,14 @@ class GPT2CompressedBlock(GPT2Block):
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             use_cache=use_cache,
+            **({"feature_bank": feature_bank} if self.tversky_attention else {}),
             **kwargs,
         )
         hidden_states = hidden_states + attention
         normed = self.ln_2(hidden_states)
-        return hidden_states + (self.mlp(normed, ffn_bank) if self.shares_ffn else self.mlp(normed))
+        if self.shares_ffn:
+            return hidden_states + self.mlp(normed, ffn_bank)
+        return hidden_states + (self.mlp(normed, feature_bank) if self.tversky_ffn else self.mlp(normed))
 
 
 class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
@@ -59,6 +84,8 @@ class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TverskyAttention) and module.key_out is not None:
+            return  # GPT-2 would scale the weight of a linear that is none
         super()._init_weights(module)
         if isinstance(module, LayerDelta):  # A ~ N, B = 0: starts as no delta, and trains
             if module.rank:
@@ -66,6 +93,10 @@ class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
                 init.zeros_(module.delta_b)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, (FeatureBank, Scalars, TverskyProjection)):
+            module.reset_parameters()
+        elif isinstance(module, TverskyHead):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
 class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
@@ -76,15 +107,21 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
         d, d_ff = config.hidden_size, config.n_inner if config.n_inner is not None else 4 * config.hidden_size
         groups = config.ffn_groups or []
         group_of = {layer: g for g, entry in enumerate(groups) for layer in entry["layers"]}
+        places = tversky_places(config)
+        of_layer = [
+            {target: place for (layer, target), place in places.items() if layer == index}
+            for index in range(config.num_hidden_layers)
+        ]
         self.h = nn.ModuleList(
-            [GPT2CompressedBlock(config, layer, group_of.get(layer)) for layer in range(config.num_hidden_layers)]
+            [GPT2CompressedBlock(config, layer, group_of.get(layer), own) for layer, own in enumerate(of_layer)]
         )
         self.ffn_bank = nn.ModuleList([SharedFFN(d, d_ff, entry["bias"] == "shared") for entry in groups])
+        self.feature_bank = feature_banks(places)
         self.post_init()
 
     def block_arguments(self) -> dict:
         """What every block of this trunk must be called with besides GPT-2's own arguments."""
-        return {"ffn_bank": self.ffn_bank}
+        return {"ffn_bank": self.ffn_bank, "feature_bank": self.feature_bank}
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **{**kwargs, **self.block_arguments()})
@@ -97,7 +134,66 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
         super().__init__(config)
         self.loss_type = "ForCausalLM"
         self.transformer = GPT2CompressedModel(config)
+        head = tversky_places(config).get((None, "lm_head"))
+        if head is not None:
+            self.lm_head = TverskyHead(config, head)  # type: ignore[assignment]
         self.post_init()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float[..., vocabulary] of the trunk's last hidden states float[..., d]."""
+        if isinstance(self.lm_head, TverskyHead):
+            return self.lm_head(hidden, self.transformer.feature_bank)
+        return self.lm_head(hidden)
+
+    def head_product(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """left [..., k] and right [vocabulary, k] with logits = left right^T."""
+        if isinstance(self.lm_head, TverskyHead):
+            return self.lm_head.product(hidden, self.transformer.feature_bank)
+        return hidden, self.lm_head.weight
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """As GPT-2's. labels int64[batch, context], -100 where none counts; logits_to_keep: the last so many positions
+        (0: all), or which."""
+        found = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.logits(found.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=found.past_key_values,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+            cross_attentions=found.cross_attentions,
+        )
 
 
 class GPT2CompressedForSequenceClassification(GPT2CompressedPreTrainedModel, GPT2ForSequenceClassification):

@@ -11,6 +11,7 @@ from .dropped_n import DroppedN
 from .merged_n import MergedN
 from .pruned import Pruned
 from .soft_shared import SoftShared
+from .tversky import Tversky
 
 REWRITES: dict[str, type[Rewrite]] = {
     "soft_shared": SoftShared,
@@ -18,6 +19,7 @@ REWRITES: dict[str, type[Rewrite]] = {
     "compressed_n": CompressedN,
     "dropped_n": DroppedN,
     "pruned": Pruned,
+    "tversky": Tversky,
 }
 
 

@@ -72,12 +72,12 @@ class FitContext:
         yield from ((hidden, mask) for hidden, (_, mask) in zip(states[layer], self.batches(), strict=True))
 
     def moments(self, layers: Sequence[int], site: str) -> dict[int, SecondMoments]:
-        """Mean and covariance of a site of the original's FFNs, taken in one pass; 8 width^2 bytes a layer."""
+        """Mean and covariance of a site of the original's blocks (see `capture`), in one pass; 8 width^2 bytes a layer."""
         known = {} if self.statistics is None else self.statistics.moments
         missing = [layer for layer in layers if (layer, site) not in known]
         if missing:
             config = self.original.config
-            width = config.n_embd if site in ("input", "output") else gpt2.d_ff(config)
+            width = gpt2.d_ff(config) if site in ("pre", "post") else config.n_embd
             taken = {(layer, site): SecondMoments(width, device=gpt2.device(self.original)) for layer in missing}
             self.progress(f"second moments of layers {missing[0]} to {missing[-1]} ({site})")
             capture(

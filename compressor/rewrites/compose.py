@@ -45,6 +45,8 @@ def structure(rewrites: Sequence[Rewrite], base: GPT2Config) -> GPT2Config:
     fields.pop("model_type")
     for group in fields.get("ffn_groups") or []:
         group["layers"] = [layers[layer] for layer in group["layers"]]
+    for entry in fields.get("tversky") or []:
+        entry["groups"] = [[layers[layer] for layer in group] for group in entry["groups"]]
     result = type(config)(**fields)
     earlier = getattr(base, "compression", None) or []
     result.compression = [*earlier, *(rewrite.record() for rewrite in rewrites)]

@@ -1,0 +1,587 @@
+"""Tversky layers: similarity of an input to learned prototypes in place of a linear's dot products.
+
+x and a prototype p are sets of the features of a bank: f_k is present with salience x . f_k where that is above 0. The
+contrast form (Tversky 1977) is S(x, p) = theta f(X and P) - alpha f(X - P) - beta f(P - X); the ratio form is
+theta f(X and P) / (theta f(X and P) + alpha f(X - P) + beta f(P - X) + offset). Every f is a sum over the features
+("per feature", as the text of Doumbouya, Jurafsky & Manning, arXiv 2506.11035, section 3; their library reduces some
+sums instead). With z = x . f_k and u = p . f_k:
+
+    f(X and P): product z+ u+, mean (z+ + u+) / 2, gmean sqrt(z+ u+), min, max, softmin -log(e^-z + e^-u), where both
+                are present
+    f(X - P):   product z+ u-, ignorematch z+ where p lacks the feature, subtractmatch (z+ - u+)+
+    f(P - X):   likewise, with x and p exchanged
+
+product, mean, gmean, ignorematch are matrix products. min is half of |z|_1 + |u|_1 - |z - u|_1, and max and
+subtractmatch follow from it; softmin goes over the features one by one. No tensor of tokens x prototypes x features is
+ever made. An antipodal bank holds f_k and stands for -f_k too: with orthonormal features, products, theta = 1 and
+alpha + beta = 1, S(x, p) is x . p.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.models.gpt2.modeling_gpt2 import ALL_ATTENTION_FUNCTIONS, GPT2Attention, eager_attention_forward
+from transformers.pytorch_utils import Conv1D
+
+FORMS = ("contrast", "ratio")
+INTERSECTIONS = ("product", "min", "max", "mean", "gmean", "softmin")
+DIFFERENCES = ("product", "ignorematch", "subtractmatch")
+PROTOTYPES = ("explicit", "features")
+SCALARS = ("theta", "alpha", "beta")
+FORM = ("form", "intersection", "difference", "antipodal", "normalize", "offset")  # how x and p are compared
+
+
+class Scalars(nn.Module):
+    """theta, alpha and beta: parameters [1], or fixed numbers; kept at 0 or more through a softplus where asked."""
+
+    def __init__(self, theta: float, alpha: float, beta: float, *, learnable: bool = True, non_negative: bool = False):
+        super().__init__()
+        self.start = {"theta": float(theta), "alpha": float(alpha), "beta": float(beta)}
+        self.learnable, self.non_negative = learnable, non_negative
+        if non_negative and min(self.start.values()) < 0:
+            raise ValueError(f"theta, alpha and beta are to be 0 or more: {self.start}")
+        if learnable:
+            for name in SCALARS:
+                self.register_parameter(name, nn.Parameter(torch.empty(1)))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.learnable:
+            for name in SCALARS:
+                init.constant_(getattr(self, name), self.raw(self.start[name]))
+
+    def raw(self, value: float) -> float:
+        """What is stored for a value: the inverse of the softplus where there is one."""
+        if not self.non_negative:
+            return value
+        least = max(value, 1e-6)  # 0 is where a softplus never gets
+        return least + math.log(-math.expm1(-least))
+
+    def forward(self) -> tuple[Any, Any, Any]:
+        """theta, alpha, beta: tensors [1], or numbers where they are fixed."""
+        if not self.learnable:
+            return tuple(self.start[name] for name in SCALARS)  # type: ignore[return-value]
+        values = (getattr(self, name) for name in SCALARS)
+        return tuple(nn.functional.softplus(value) if self.non_negative else value for value in values)  # type: ignore
+
+
+class FeatureBank(nn.Module):
+    """Features [features, width], and the scalars of the layers that use it where these are shared."""
+
+    def __init__(self, features: int, width: int, scalars: Scalars | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(features, width))
+        self.scalars = scalars
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, mean=0.0, std=self.weight.shape[1] ** -0.5)  # an x of norm sqrt(width) gives z ~ 1
+
+
+class TverskyProjection(nn.Module):
+    """[..., width_in] -> [..., width_out]: the similarities of x to the prototypes, then scale and bias per output.
+
+    features: of the bank. prototypes: "explicit" = p_j [width_out, width_in]; "features" = what p_j . f_k are to be,
+    [width_out, features]; "given" = the caller's, at every call. shared: the bank is the caller's too, and its scalars
+    where it has any. Raises ValueError for words that are not known and settings that do not go together.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        features: int,
+        *,
+        form: str = "contrast",
+        intersection: str = "product",
+        difference: str = "product",
+        antipodal: bool = False,
+        normalize: bool = False,
+        offset: float = 1.0,
+        prototypes: str = "explicit",
+        shared: bool = False,
+        share_scalars: bool = False,
+        theta: float = 1.0,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        learn_scalars: bool = True,
+        non_negative: bool = False,
+        scale: bool = False,
+        bias: bool = True,
+        initializer_range: float = 0.02,
+    ):
+        super().__init__()
+        for word, given, known in (
+            ("form", form, FORMS),
+            ("intersection", intersection, INTERSECTIONS),
+            ("difference", difference, DIFFERENCES),
+            ("prototypes", prototypes, (*PROTOTYPES, "given")),
+        ):
+            if given not in known:
+                raise ValueError(f"{word} is {given!r}; allowed: {', '.join(known)}")
+        if form == "ratio" and not (non_negative and offset > 0):
+            raise ValueError("form=ratio divides by its scalars: they are to be non_negative, and the offset above 0")
+        if normalize and prototypes == "features":
+            raise ValueError("normalize needs prototypes, and prototypes=features has none")
+        self.width_in, self.width_out, self.form, self.offset = width_in, width_out, form, offset
+        self.intersection, self.difference, self.antipodal = intersection, difference, antipodal
+        self.normalize, self.kind, self.initializer_range = normalize, prototypes, initializer_range
+        own = None if share_scalars else Scalars(theta, alpha, beta, learnable=learn_scalars, non_negative=non_negative)
+        self.scalars = own
+        self.bank = None if shared else FeatureBank(features, width_in)
+        rows = {"explicit": width_in, "features": features, "given": None}[prototypes]
+        self.register_parameter("prototypes", None if rows is None else nn.Parameter(torch.empty(width_out, rows)))
+        self.register_parameter("scale", nn.Parameter(torch.empty(width_out)) if scale else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(width_out)) if bias else None)
+        self._kept: tuple[Any, _Prepared] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.prototypes is not None:  # a ratio compares sizes: those of x; a contrast starts as small as a linear
+            init.normal_(self.prototypes, mean=0.0, std=1.0 if self.form == "ratio" else self.initializer_range)
+        if self.scale is not None:
+            init.ones_(self.scale)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, bank: FeatureBank | None = None, prototypes: Tensor | None = None) -> Tensor:
+        bank = self.bank if bank is None else bank
+        return self.compare(self.measure(x, bank), bank, prototypes)
+
+    def measure(self, x: Tensor, bank: FeatureBank) -> Tensor:  # float[..., width_in] -> float[..., features]
+        """z = x . f_k. Layers that share a bank and a `normalize` may share it."""
+        return (nn.functional.normalize(x, dim=-1) if self.normalize else x) @ bank.weight.T
+
+    def compare(self, z: Tensor, bank: FeatureBank, prototypes: Tensor | None = None) -> Tensor:
+        """The output, float[..., width_out], of what `measure` gave."""
+        y = self.similarity(z.reshape(-1, z.shape[-1]), self._prepared(bank, prototypes))
+        if self.scale is not None:
+            y = y * self.scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*z.shape[:-1], self.width_out)
+
+    def terms(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f(X and P), f(X - P), f(P - X), float[tokens, width_out] each, of z float[tokens, features] and of u
+        float[width_out, features]."""
+        common = self._common(z, u) if self._needs_common else None
+        several = [self._factors(u, 1.0, None, None), self._factors(u, 0.0, 1.0, 0.0), self._factors(u, 0.0, 0.0, 1.0)]
+        first, second, third = (factors.of(z, common) for factors in several)
+        return first, second, third
+
+    def product(self, z: Tensor, bank: FeatureBank, prototypes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """left [..., k] and right [width_out, k] with `compare` = left right^T, of a contrast of matrix products."""
+        factors = self._prepared(bank, prototypes).whole
+        names = list(factors.right)
+        left = [_LEFT[name](z) for name in names]
+        right = [factors.right[name] for name in names]
+        if factors.constant is not None:
+            left, right = [*left, torch.ones_like(z[..., :1])], [*right, factors.constant[:, None]]
+        if self.scale is not None:
+            right = [part * self.scale[:, None] for part in right]
+        if self.bias is not None:
+            left, right = [*left, torch.ones_like(z[..., :1])], [*right, self.bias[:, None]]
+        return torch.cat(left, -1), torch.cat(right, -1)
+
+    def prototype_features(self, bank: FeatureBank, prototypes: Tensor | None = None) -> Tensor:
+        """u = p_j . f_k: float[width_out, features]."""
+        if self.kind == "features":
+            return self.prototypes
+        given = self.prototypes if prototypes is None else prototypes
+        return (nn.functional.normalize(given, dim=-1) if self.normalize else given) @ bank.weight.T
+
+    def strengths(self, bank: FeatureBank) -> tuple[Any, Any, Any]:
+        """theta, alpha, beta: its own, or the bank's."""
+        scalars = bank.scalars if self.scalars is None else self.scalars
+        assert scalars is not None
+        return scalars()
+
+    def similarity(self, z: Tensor, prepared: _Prepared) -> Tensor:
+        """S, float[tokens, width_out], of z float[tokens, features]."""
+        common = self._common(z, prepared.u) if self._needs_common else None
+        if self.form == "contrast":
+            return prepared.whole.of(z, common)
+        shared, all_of_it = prepared.part.of(z, common), prepared.whole.of(z, common)
+        return (shared.float() / (all_of_it.float() + self.offset)).to(shared.dtype)  # an offset may be small
+
+    # ------------------------------------------------------------ what does not depend on x
+
+    def _prepared(self, bank: FeatureBank, given: Tensor | None) -> _Prepared:
+        """Kept between calls in evaluation, as long as no tensor that it was made of changes."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._kept = None
+            return self._prepare(bank, given)
+        tensors = [*bank.parameters(), *self.parameters(), *([] if given is None else [given])]
+        if any(tensor.is_inference() for tensor in tensors):  # they do not say when they change
+            return self._prepare(bank, given)
+        key = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
+        key.append((torch.is_autocast_enabled(bank.weight.device.type),))  # type: ignore[arg-type]
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._prepare(bank, given)
+        return self._kept[1]
+
+    def _prepare(self, bank: FeatureBank, given: Tensor | None) -> _Prepared:
+        u, (theta, alpha, beta) = self.prototype_features(bank, given), self.strengths(bank)
+        if self.form == "contrast":
+            whole, part = self._factors(u, theta, -alpha, -beta), None
+        else:
+            whole, part = self._factors(u, theta, alpha, beta), self._factors(u, theta, None, None)
+        return _Prepared(u, whole, part)
+
+    @property
+    def _needs_common(self) -> bool:
+        return self.intersection in ("min", "max") or self.difference == "subtractmatch"
+
+    def _factors(self, u: Tensor, theta: Any, alpha: Any, beta: Any) -> _Factors:
+        """theta f(X and P) + alpha f(X - P) + beta f(P - X) as products of functions of z with functions of u; without
+        the differences where alpha and beta are None."""
+        result, both = _Factors(), self.antipodal
+        if both and self.intersection == self.difference == "product" and alpha is not None:
+            opposite = alpha + beta  # z+u+ + z-u- = (zu + |z||u|) / 2, z+u- + z-u+ = (|z||u| - zu) / 2
+            result.add("signed", u * ((theta - opposite) / 2))
+            bent = (theta + opposite) / 2
+            learns = isinstance(bent, Tensor) and torch.is_grad_enabled()
+            if learns or bent != 0:  # 0: the similarity is linear
+                result.add("size", u.abs() * bent)
+            return result
+        for sign in ("+", "-") if both else ("+",):
+            other = "-" if sign == "+" else "+"
+            here, there = (u, -u) if sign == "+" else (-u, u)
+            present = (here > 0).to(u.dtype)
+            if self.intersection == "product":
+                result.add(f"relu{sign}", here.relu() * theta)
+            elif self.intersection == "gmean":
+                result.add(f"root{sign}", _root(here) * theta)
+            elif self.intersection in ("mean", "max"):
+                part = theta / 2 if self.intersection == "mean" else theta
+                result.add(f"relu{sign}", present * part)
+                result.add(f"has{sign}", here.relu() * part)
+            if alpha is None:
+                continue
+            if self.difference == "product":
+                result.add(f"relu{sign}", there.relu() * alpha)
+                result.add(f"relu{other}", here.relu() * beta)
+            elif self.difference == "ignorematch":
+                result.add(f"relu{sign}", (1 - present) * alpha)
+                result.add(f"has{sign}", here.relu() * -beta)  # x lacks it: 1 - has
+                result.add_constant((here.relu() * beta).sum(-1))
+            else:
+                result.add_sum(sign, alpha)
+                result.add_constant((here.relu() * beta).sum(-1))
+        if self.intersection == "softmin":
+            result.softmin, result.u, result.halves = theta, u, (1.0, -1.0) if both else (1.0,)
+        elif self.intersection == "min":
+            result.common = theta
+        elif self.intersection == "max":  # a + p - min, where both are present
+            result.common = -theta
+        if alpha is not None and self.difference == "subtractmatch":
+            both_sides = -(alpha + beta)
+            result.common = both_sides if result.common is None else result.common + both_sides
+        return result
+
+    def _common(self, z: Tensor, u: Tensor) -> Tensor:
+        """The sum over the features of min(z+, u+), with an antipodal bank of min(z-, u-) too: float[tokens, out]."""
+        a, p = (z, u) if self.antipodal else (z.relu(), u.relu())  # antipodal: |z| and |u| count where signs agree
+        a, p = (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in (a, p))
+        whole = a.abs().sum(-1)[:, None] + p.abs().sum(-1)
+        return ((whole - torch.cdist(a, p, p=1)) / 2).clamp_min(0).to(z.dtype)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # a copy makes its own
+
+
+class _Prepared(NamedTuple):
+    """What a projection makes of its prototypes, features and scalars."""
+
+    u: Tensor  # [out, features]
+    whole: _Factors  # the contrast, or what a ratio divides by
+    part: _Factors | None  # what it divides
+
+
+class _Factors:
+    """A sum of products left(z) @ right.T and what is added to it."""
+
+    def __init__(self) -> None:
+        self.right: dict[str, Tensor] = {}  # the function of z -> [out, features]
+        self.sums: dict[str, Any] = {}  # the sign -> what the sum of relu(sign z) is multiplied by
+        self.constant: Tensor | None = None  # [out]
+        self.common: Any = None  # what the sum of minima is multiplied by
+        self.softmin: Any = None  # what the sum of soft minima is multiplied by
+        self.halves: tuple[float, ...] = ()  # the signs that features count with
+        self.u: Tensor | None = None  # [out, features]
+
+    def add(self, left: str, right: Tensor) -> None:
+        self.right[left] = right if left not in self.right else self.right[left] + right
+
+    def add_constant(self, row: Tensor) -> None:
+        self.constant = row if self.constant is None else self.constant + row
+
+    def add_sum(self, sign: str, strength: Any) -> None:
+        self.sums[sign] = strength
+
+    def of(self, z: Tensor, common: Tensor | None) -> Tensor:  # float[tokens, features] -> float[tokens, out]
+        total: Tensor | None = None
+        for name, right in self.right.items():
+            left = _LEFT[name](z)
+            total = left @ right.T if total is None else torch.addmm(total, left, right.T)
+        if self.common is not None:
+            assert common is not None
+            term = common * self.common
+            total = term if total is None else total + term
+        if self.softmin is not None:
+            assert self.u is not None
+            for half in self.halves:
+                term = _SoftMin.apply(z * half, self.u * half) * self.softmin
+                total = term if total is None else total + term
+        assert total is not None
+        for sign, strength in self.sums.items():
+            total = total + _LEFT[f"relu{sign}"](z).sum(-1, keepdim=True) * strength
+        return total if self.constant is None else total + self.constant
+
+
+def _root(x: Tensor) -> Tensor:
+    """sqrt(x+), with a gradient that is finite at 0."""
+    return torch.where(x > 0, x.clamp_min(1e-12 if x.dtype != torch.float16 else 1e-7).sqrt(), 0)
+
+
+_LEFT = {
+    "signed": lambda z: z,
+    "size": torch.abs,
+    "relu+": torch.relu,
+    "relu-": lambda z: torch.relu(-z),
+    "has+": lambda z: (z > 0).to(z.dtype),
+    "has-": lambda z: (z < 0).to(z.dtype),
+    "root+": _root,
+    "root-": lambda z: _root(-z),
+}
+
+
+class _SoftMin(torch.autograd.Function):
+    """The sum of -log(e^-z + e^-u) over the features that both have, one feature after the other: [tokens, out]."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(z, u)
+        total = z.new_zeros(len(z), len(u), dtype=torch.promote_types(z.dtype, torch.float32))
+        for a, p in zip(z.to(total.dtype).T, u.to(total.dtype).T, strict=True):
+            soft = -torch.logaddexp(-a[:, None], -p)
+            total += soft * (a > 0)[:, None] * (p > 0)
+        return total.to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (z, u) = grads, ctx.saved_tensors
+        to_z, to_u = torch.zeros_like(z), torch.zeros_like(u)
+        for k, (a, p) in enumerate(zip(z.T, u.T, strict=True)):
+            flow = grad * ((a > 0)[:, None] & (p > 0))
+            share = torch.sigmoid(p - a[:, None])  # e^-a / (e^-a + e^-p)
+            to_z[:, k] = (flow * share).sum(1)
+            to_u[:, k] = (flow * (1 - share)).sum(0)
+        return to_z, to_u
+
+
+# ---------------------------------------------------------------- within GPT-2
+
+
+class TverskyQKV(nn.Module):
+    """Queries, keys and values: each a linear as GPT-2 has it, or a projection."""
+
+    def __init__(self, parts: dict[str, nn.Module], keys: dict[str, str]):
+        super().__init__()
+        self.keys = keys  # part -> its bank, for the projections
+        for name in "qkv":
+            self.add_module(name, parts[name])
+
+    def forward(self, x: Tensor, banks: nn.ModuleDict) -> tuple[Tensor, ...]:  # float[..., d] -> 3 of the same
+        measured: dict[tuple[str, bool], Tensor] = {}
+        found = []
+        for name in "qkv":
+            part, key = getattr(self, name), self.keys.get(name)
+            if key is None:
+                found.append(part(x))
+                continue
+            if (key, part.normalize) not in measured:
+                measured[key, part.normalize] = part.measure(x, banks[key])
+            found.append(part.compare(measured[key, part.normalize], banks[key]))
+        return tuple(found)
+
+
+class TverskyAttention(GPT2Attention):
+    """GPT-2's attention, some of whose linears are projections."""
+
+    def __init__(self, config: Any, layer_idx: int, found: dict[str, TverskyPlace]):
+        super().__init__(config, layer_idx=layer_idx)
+        d = config.hidden_size
+        if found.keys() & set("qkv"):
+            parts = {name: found[name].make() if name in found else Conv1D(d, d) for name in "qkv"}
+            self.c_attn = TverskyQKV(parts, {name: found[name].key for name in "qkv" if name in found})  # type: ignore
+        self.key_out = found["attn_out"].key if "attn_out" in found else None
+        if "attn_out" in found:
+            self.c_proj = found["attn_out"].make()  # type: ignore[assignment]
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        feature_bank=None,
+        **kwargs,
+    ):
+        if isinstance(self.c_attn, TverskyQKV):
+            parts = self.c_attn(hidden_states, feature_bank)
+        else:
+            parts = self.c_attn(hidden_states).split(self.split_size, dim=2)
+        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query, key, value = (part.reshape(heads).transpose(1, 2) for part in parts)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        kind = self.config._attn_implementation
+        if kind == "eager" and self.reorder_and_upcast_attn:
+            mixed, weights = self._upcast_and_reordered_attn(query, key, value, attention_mask)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
+            dropout = self.attn_dropout.p if self.training else 0.0
+            mixed, weights = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+        mixed = mixed.reshape(*hidden_states.shape)
+        out = self.c_proj(mixed) if self.key_out is None else self.c_proj(mixed, feature_bank[self.key_out])
+        return self.resid_dropout(out), weights
+
+
+class TverskyFFN(nn.Module):
+    """GPT-2's FFN, one or both of whose linears are projections, or one projection in place of all of it."""
+
+    def __init__(self, config: Any, found: dict[str, TverskyPlace]):
+        super().__init__()
+        d, d_ff = config.hidden_size, config.n_inner if config.n_inner is not None else 4 * config.hidden_size
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.whole = "mlp_block" in found
+        if self.whole:
+            self.keys = [found["mlp_block"].key]
+            self.block = found["mlp_block"].make()
+            return
+        self.keys = [found[name].key if name in found else None for name in ("c_fc", "mlp_out")]
+        self.c_fc = found["c_fc"].make() if "c_fc" in found else Conv1D(d_ff, d)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = found["mlp_out"].make() if "mlp_out" in found else Conv1D(d, d_ff)
+
+    def forward(self, x: Tensor, banks: nn.ModuleDict) -> Tensor:  # float[batch, context, d] -> the same
+        if self.whole:
+            return self.dropout(self.block(x, banks[self.keys[0]]))
+        first, last = self.keys
+        hidden = self.act(self.c_fc(x) if first is None else self.c_fc(x, banks[first]))
+        return self.dropout(self.c_proj(hidden) if last is None else self.c_proj(hidden, banks[last]))
+
+
+class TverskyHead(nn.Module):
+    """The LM head as similarities to the token embeddings: weight [vocabulary, d], tied as GPT-2's head is."""
+
+    def __init__(self, config: Any, place: TverskyPlace):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.key, self.projection = place.key, place.make()
+
+    def forward(self, hidden: Tensor, banks: nn.ModuleDict) -> Tensor:  # float[..., d] -> float[..., vocabulary]
+        return self.projection(hidden, banks[self.key], self.weight)
+
+    def product(self, hidden: Tensor, banks: nn.ModuleDict) -> tuple[Tensor, Tensor]:
+        """left [..., k], right [vocabulary, k]: the logits are left right^T, where the form is a sum of products."""
+        bank = banks[self.key]
+        left, right = self.projection.product(self.projection.measure(hidden, bank), bank, self.weight)
+        return left, right
+
+
+def projection_at(model: Any, layer: int | None, target: str) -> TverskyProjection:
+    """The projection that stands for a target (of `tversky_places`) in a language model."""
+    if layer is None:
+        return model.lm_head.projection
+    block = model.transformer.h[layer]
+    if target in ("q", "k", "v"):
+        return getattr(block.attn.c_attn, target)
+    if target == "attn_out":
+        return block.attn.c_proj
+    return getattr(block.mlp, {"c_fc": "c_fc", "mlp_out": "c_proj", "mlp_block": "block"}[target])
+
+
+# ---------------------------------------------------------------- from the config
+
+TARGETS = ("q", "k", "v", "attn_out", "c_fc", "mlp_out", "mlp_block", "lm_head")
+
+
+class TverskyPlace:
+    """Where a projection stands: its bank, and how it is made."""
+
+    def __init__(self, key: str, width_in: int, width_out: int, entry: dict, config: Any, given: bool = False):
+        self.key, self.widths, self.entry, self.given = key, (width_in, width_out), entry, given
+        self.initializer_range = config.initializer_range
+
+    @property
+    def features(self) -> int:
+        return self.entry["features"][str(self.widths[0])]
+
+    def make(self) -> TverskyProjection:
+        entry = self.entry
+        scalars = {name: entry[name] for name in (*SCALARS, "learn_scalars", "non_negative", "share_scalars")}
+        return TverskyProjection(
+            *self.widths,
+            self.features,
+            **{name: entry[name] for name in FORM},
+            **scalars,
+            prototypes="given" if self.given else entry["prototypes"],
+            shared=True,
+            scale=entry["scale"],
+            bias=entry["bias"] and not self.given,
+            initializer_range=self.initializer_range,
+        )
+
+    def make_bank(self) -> FeatureBank:
+        entry, scalars = self.entry, None
+        if entry["share_scalars"]:
+            scalars = Scalars(
+                *(entry[name] for name in SCALARS), learnable=entry["learn_scalars"], non_negative=entry["non_negative"]
+            )
+        return FeatureBank(self.features, self.widths[0], scalars)
+
+
+def tversky_places(config: Any) -> dict[tuple[int | None, str], TverskyPlace]:
+    """(layer, target) -> its place; the head's layer is None. Banks are named by feature key and input width, and by
+    group, layer or target where these do not share."""
+    d, d_ff = config.hidden_size, config.n_inner if config.n_inner is not None else 4 * config.hidden_size
+    widths = {"c_fc": (d, d_ff), "mlp_out": (d_ff, d), "lm_head": (d, config.vocab_size)}
+    found: dict[tuple[int | None, str], TverskyPlace] = {}
+    for entry in getattr(config, "tversky", None) or []:
+        own = entry["share"] == "none"
+        for number, layers in enumerate(entry["groups"]):
+            suffix = "" if len(entry["groups"]) == 1 and entry["share"] == "global" else f"_{number}"
+            for place, layer in enumerate(layers):
+                for target in entry["targets"]:
+                    if target == "lm_head":
+                        continue
+                    width_in, width_out = widths.get(target, (d, d))
+                    last = f"_{place}_{target}" if own else ""
+                    key = f"{entry['feature_key']}_{width_in}{suffix}{last}"
+                    found[layer, target] = TverskyPlace(key, width_in, width_out, entry, config)
+        if "lm_head" in entry["targets"]:
+            key = f"{entry['feature_key']}_{d}" + ("" if entry["share"] == "global" else "_lm_head")
+            found[None, "lm_head"] = TverskyPlace(key, *widths["lm_head"], entry, config, given=True)
+    return found
+
+
+def feature_banks(places: dict[tuple[int | None, str], TverskyPlace]) -> nn.ModuleDict:
+    """Every bank once, by its key."""
+    banks = nn.ModuleDict()
+    for place in places.values():
+        if place.key not in banks:
+            banks[place.key] = place.make_bank()
+    return banks
