@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +86,13 @@ def head(model: PreTrainedModel) -> Any:
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """float[..., vocabulary] of the trunk's final hidden states float[..., d]."""
-    return model.logits(hidden) if hasattr(model, "logits") else head(model)(hidden)
+    return cast(Any, model).logits(hidden) if hasattr(model, "logits") else head(model)(hidden)
 
 
 def head_product(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """left [..., k] and right [vocabulary, k] with logits = left right^T: the states and the head's weight, but where
     the head is no linear."""
-    return model.head_product(hidden) if hasattr(model, "head_product") else (hidden, head(model).weight)
+    return cast(Any, model).head_product(hidden) if hasattr(model, "head_product") else (hidden, head(model).weight)
 
 
 def feature_bank(model: PreTrainedModel) -> Any:

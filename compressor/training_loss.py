@@ -139,8 +139,8 @@ class TokenObjective(Objective):
         return loss, sums, self._penalty() if with_penalty else None
 
     def _states(self, model: GPT2LMHeadModel, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The trunk's final states of all positions but the last, float[rows * (context - 1), d], and the head [vocabulary, d];
-        of another width than d where the head is no linear."""
+        """The trunk's final states of all positions but the last, float[rows * (context - 1), d], and the head
+        [vocabulary, d]; of another width than d where the head is no linear."""
         attention_mask = None if mask is None else mask.long()
         with torch.autocast(ids.device.type, dtype=self.low, enabled=self.low is not None):
             hidden = gpt2.trunk(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state

@@ -11,12 +11,12 @@ class GPT2CompressedConfig(GPT2Config):
     ffn_groups: one entry per FFN shared by several layers, in the order of the trunk's bank:
         {"layers": [4, 5, 6, 7], "start": 4, "rank": 8, "bias": "per_layer" | "shared"}; rank 0 means no delta;
         "start" is the group's first layer in the model that it was made from.
-    tversky: one entry per tversky rewrite (modeling/tversky.py):
+    tversky: one entry per tversky rewrite (modeling/tversky_layers.py):
         {"feature_key": "features", "groups": [[0, 1], [2, 3]], "targets": ["q", "c_fc", ...],
-        "share": "none" | "layer" | "window" | "global", "features": {"768": 384, ...}, "prototypes": "explicit" | "features", "scale", "bias",
-        "form", "intersection", "difference", "antipodal", "normalize", "offset", "theta", "alpha", "beta",
-        "learn_scalars", "share_scalars", "non_negative"}; the layers of a group share banks, one for each width of
-        inputs ("features": how many each has).
+        "share": "none" | "layer" | "window" | "global", "features": {"768": 384, ...},
+        "prototypes": "explicit" | "features", and "scale", "bias", "form", "intersection", "difference", "antipodal",
+        "normalize", "offset", "theta", "alpha", "beta", "learn_scalars", "share_scalars", "non_negative" as of
+        TverskyProjection}; the layers of a group share banks, one for each width of inputs ("features": how many).
     compression: the rewrites that made the model, as records of their fields.
     """
 

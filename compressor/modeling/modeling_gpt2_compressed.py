@@ -9,7 +9,7 @@ projections once; a projection (`attn.c_attn.{q,k,v}`, `attn.c_proj`, `mlp.{c_fc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_gpt2_compressed import GPT2CompressedConfig
 from .shared_ffn import LayerDelta, LayerFFN, SharedFFN
-from .tversky import (
-    FeatureBank,
-    Scalars,
-    TverskyAttention,
-    TverskyFFN,
-    TverskyHead,
-    TverskyProjection,
-    feature_banks,
-    tversky_places,
-)
+from .tversky import FeatureBank, Scalars, TverskyProjection
+from .tversky_layers import TverskyAttention, TverskyFFN, TverskyHead, feature_banks, tversky_places
 
 
 class GPT2CompressedBlock(GPT2Block):
@@ -136,7 +128,7 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
         self.transformer = GPT2CompressedModel(config)
         head = tversky_places(config).get((None, "lm_head"))
         if head is not None:
-            self.lm_head = TverskyHead(config, head)  # type: ignore[assignment]
+            self.lm_head = TverskyHead(config, head)
         self.post_init()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -148,11 +140,11 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
     def head_product(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """left [..., k] and right [vocabulary, k] with logits = left right^T."""
         if isinstance(self.lm_head, TverskyHead):
-            return self.lm_head.product(hidden, self.transformer.feature_bank)
+            return self.lm_head.product(hidden, cast(nn.ModuleDict, self.transformer.feature_bank))
         return hidden, self.lm_head.weight
 
     @can_return_tuple
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         past_key_values=None,

@@ -25,9 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.models.gpt2.modeling_gpt2 import ALL_ATTENTION_FUNCTIONS, GPT2Attention, eager_attention_forward
-from transformers.pytorch_utils import Conv1D
 
 FORMS = ("contrast", "ratio")
 INTERSECTIONS = ("product", "min", "max", "mean", "gmean", "softmin")
@@ -115,7 +112,7 @@ class TverskyProjection(nn.Module):
         scale: bool = False,
         bias: bool = True,
         initializer_range: float = 0.02,
-    ):
+    ) -> None:
         super().__init__()
         for word, given, known in (
             ("form", form, FORMS),
@@ -136,6 +133,9 @@ class TverskyProjection(nn.Module):
         self.scalars = own
         self.bank = None if shared else FeatureBank(features, width_in)
         rows = {"explicit": width_in, "features": features, "given": None}[prototypes]
+        self.prototypes: Tensor | None  # float[width_out, width_in or features]
+        self.scale: Tensor | None  # float[width_out]
+        self.bias: Tensor | None
         self.register_parameter("prototypes", None if rows is None else nn.Parameter(torch.empty(width_out, rows)))
         self.register_parameter("scale", nn.Parameter(torch.empty(width_out)) if scale else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(width_out)) if bias else None)
@@ -152,6 +152,8 @@ class TverskyProjection(nn.Module):
 
     def forward(self, x: Tensor, bank: FeatureBank | None = None, prototypes: Tensor | None = None) -> Tensor:
         bank = self.bank if bank is None else bank
+        if bank is None:
+            raise ValueError("this projection shares its bank, which is to be given at every call")
         return self.compare(self.measure(x, bank), bank, prototypes)
 
     def measure(self, x: Tensor, bank: FeatureBank) -> Tensor:  # float[..., width_in] -> float[..., features]
@@ -191,9 +193,11 @@ class TverskyProjection(nn.Module):
 
     def prototype_features(self, bank: FeatureBank, prototypes: Tensor | None = None) -> Tensor:
         """u = p_j . f_k: float[width_out, features]."""
-        if self.kind == "features":
-            return self.prototypes
         given = self.prototypes if prototypes is None else prototypes
+        if given is None:
+            raise ValueError("this projection has no prototypes of its own; they are to be given at every call")
+        if self.kind == "features":
+            return given
         return (nn.functional.normalize(given, dim=-1) if self.normalize else given) @ bank.weight.T
 
     def strengths(self, bank: FeatureBank) -> tuple[Any, Any, Any]:
@@ -205,7 +209,7 @@ class TverskyProjection(nn.Module):
     def similarity(self, z: Tensor, prepared: _Prepared) -> Tensor:
         """S, float[tokens, width_out], of z float[tokens, features]."""
         common = self._common(z, prepared.u) if self._needs_common else None
-        if self.form == "contrast":
+        if prepared.part is None:
             return prepared.whole.of(z, common)
         shared, all_of_it = prepared.part.of(z, common), prepared.whole.of(z, common)
         return (shared.float() / (all_of_it.float() + self.offset)).to(shared.dtype)  # an offset may be small
@@ -388,200 +392,3 @@ class _SoftMin(torch.autograd.Function):
             to_z[:, k] = (flow * share).sum(1)
             to_u[:, k] = (flow * (1 - share)).sum(0)
         return to_z, to_u
-
-
-# ---------------------------------------------------------------- within GPT-2
-
-
-class TverskyQKV(nn.Module):
-    """Queries, keys and values: each a linear as GPT-2 has it, or a projection."""
-
-    def __init__(self, parts: dict[str, nn.Module], keys: dict[str, str]):
-        super().__init__()
-        self.keys = keys  # part -> its bank, for the projections
-        for name in "qkv":
-            self.add_module(name, parts[name])
-
-    def forward(self, x: Tensor, banks: nn.ModuleDict) -> tuple[Tensor, ...]:  # float[..., d] -> 3 of the same
-        measured: dict[tuple[str, bool], Tensor] = {}
-        found = []
-        for name in "qkv":
-            part, key = getattr(self, name), self.keys.get(name)
-            if key is None:
-                found.append(part(x))
-                continue
-            if (key, part.normalize) not in measured:
-                measured[key, part.normalize] = part.measure(x, banks[key])
-            found.append(part.compare(measured[key, part.normalize], banks[key]))
-        return tuple(found)
-
-
-class TverskyAttention(GPT2Attention):
-    """GPT-2's attention, some of whose linears are projections."""
-
-    def __init__(self, config: Any, layer_idx: int, found: dict[str, TverskyPlace]):
-        super().__init__(config, layer_idx=layer_idx)
-        d = config.hidden_size
-        if found.keys() & set("qkv"):
-            parts = {name: found[name].make() if name in found else Conv1D(d, d) for name in "qkv"}
-            self.c_attn = TverskyQKV(parts, {name: found[name].key for name in "qkv" if name in found})  # type: ignore
-        self.key_out = found["attn_out"].key if "attn_out" in found else None
-        if "attn_out" in found:
-            self.c_proj = found["attn_out"].make()  # type: ignore[assignment]
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        past_key_values=None,
-        attention_mask: Tensor | None = None,
-        feature_bank=None,
-        **kwargs,
-    ):
-        if isinstance(self.c_attn, TverskyQKV):
-            parts = self.c_attn(hidden_states, feature_bank)
-        else:
-            parts = self.c_attn(hidden_states).split(self.split_size, dim=2)
-        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        query, key, value = (part.reshape(heads).transpose(1, 2) for part in parts)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        kind = self.config._attn_implementation
-        if kind == "eager" and self.reorder_and_upcast_attn:
-            mixed, weights = self._upcast_and_reordered_attn(query, key, value, attention_mask)
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
-            dropout = self.attn_dropout.p if self.training else 0.0
-            mixed, weights = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
-        mixed = mixed.reshape(*hidden_states.shape)
-        out = self.c_proj(mixed) if self.key_out is None else self.c_proj(mixed, feature_bank[self.key_out])
-        return self.resid_dropout(out), weights
-
-
-class TverskyFFN(nn.Module):
-    """GPT-2's FFN, one or both of whose linears are projections, or one projection in place of all of it."""
-
-    def __init__(self, config: Any, found: dict[str, TverskyPlace]):
-        super().__init__()
-        d, d_ff = config.hidden_size, config.n_inner if config.n_inner is not None else 4 * config.hidden_size
-        self.dropout = nn.Dropout(config.resid_pdrop)
-        self.whole = "mlp_block" in found
-        if self.whole:
-            self.keys = [found["mlp_block"].key]
-            self.block = found["mlp_block"].make()
-            return
-        self.keys = [found[name].key if name in found else None for name in ("c_fc", "mlp_out")]
-        self.c_fc = found["c_fc"].make() if "c_fc" in found else Conv1D(d_ff, d)
-        self.act = ACT2FN[config.activation_function]
-        self.c_proj = found["mlp_out"].make() if "mlp_out" in found else Conv1D(d, d_ff)
-
-    def forward(self, x: Tensor, banks: nn.ModuleDict) -> Tensor:  # float[batch, context, d] -> the same
-        if self.whole:
-            return self.dropout(self.block(x, banks[self.keys[0]]))
-        first, last = self.keys
-        hidden = self.act(self.c_fc(x) if first is None else self.c_fc(x, banks[first]))
-        return self.dropout(self.c_proj(hidden) if last is None else self.c_proj(hidden, banks[last]))
-
-
-class TverskyHead(nn.Module):
-    """The LM head as similarities to the token embeddings: weight [vocabulary, d], tied as GPT-2's head is."""
-
-    def __init__(self, config: Any, place: TverskyPlace):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.key, self.projection = place.key, place.make()
-
-    def forward(self, hidden: Tensor, banks: nn.ModuleDict) -> Tensor:  # float[..., d] -> float[..., vocabulary]
-        return self.projection(hidden, banks[self.key], self.weight)
-
-    def product(self, hidden: Tensor, banks: nn.ModuleDict) -> tuple[Tensor, Tensor]:
-        """left [..., k], right [vocabulary, k]: the logits are left right^T, where the form is a sum of products."""
-        bank = banks[self.key]
-        left, right = self.projection.product(self.projection.measure(hidden, bank), bank, self.weight)
-        return left, right
-
-
-def projection_at(model: Any, layer: int | None, target: str) -> TverskyProjection:
-    """The projection that stands for a target (of `tversky_places`) in a language model."""
-    if layer is None:
-        return model.lm_head.projection
-    block = model.transformer.h[layer]
-    if target in ("q", "k", "v"):
-        return getattr(block.attn.c_attn, target)
-    if target == "attn_out":
-        return block.attn.c_proj
-    return getattr(block.mlp, {"c_fc": "c_fc", "mlp_out": "c_proj", "mlp_block": "block"}[target])
-
-
-# ---------------------------------------------------------------- from the config
-
-TARGETS = ("q", "k", "v", "attn_out", "c_fc", "mlp_out", "mlp_block", "lm_head")
-
-
-class TverskyPlace:
-    """Where a projection stands: its bank, and how it is made."""
-
-    def __init__(self, key: str, width_in: int, width_out: int, entry: dict, config: Any, given: bool = False):
-        self.key, self.widths, self.entry, self.given = key, (width_in, width_out), entry, given
-        self.initializer_range = config.initializer_range
-
-    @property
-    def features(self) -> int:
-        return self.entry["features"][str(self.widths[0])]
-
-    def make(self) -> TverskyProjection:
-        entry = self.entry
-        scalars = {name: entry[name] for name in (*SCALARS, "learn_scalars", "non_negative", "share_scalars")}
-        return TverskyProjection(
-            *self.widths,
-            self.features,
-            **{name: entry[name] for name in FORM},
-            **scalars,
-            prototypes="given" if self.given else entry["prototypes"],
-            shared=True,
-            scale=entry["scale"],
-            bias=entry["bias"] and not self.given,
-            initializer_range=self.initializer_range,
-        )
-
-    def make_bank(self) -> FeatureBank:
-        entry, scalars = self.entry, None
-        if entry["share_scalars"]:
-            scalars = Scalars(
-                *(entry[name] for name in SCALARS), learnable=entry["learn_scalars"], non_negative=entry["non_negative"]
-            )
-        return FeatureBank(self.features, self.widths[0], scalars)
-
-
-def tversky_places(config: Any) -> dict[tuple[int | None, str], TverskyPlace]:
-    """(layer, target) -> its place; the head's layer is None. Banks are named by feature key and input width, and by
-    group, layer or target where these do not share."""
-    d, d_ff = config.hidden_size, config.n_inner if config.n_inner is not None else 4 * config.hidden_size
-    widths = {"c_fc": (d, d_ff), "mlp_out": (d_ff, d), "lm_head": (d, config.vocab_size)}
-    found: dict[tuple[int | None, str], TverskyPlace] = {}
-    for entry in getattr(config, "tversky", None) or []:
-        own = entry["share"] == "none"
-        for number, layers in enumerate(entry["groups"]):
-            suffix = "" if len(entry["groups"]) == 1 and entry["share"] == "global" else f"_{number}"
-            for place, layer in enumerate(layers):
-                for target in entry["targets"]:
-                    if target == "lm_head":
-                        continue
-                    width_in, width_out = widths.get(target, (d, d))
-                    last = f"_{place}_{target}" if own else ""
-                    key = f"{entry['feature_key']}_{width_in}{suffix}{last}"
-                    found[layer, target] = TverskyPlace(key, width_in, width_out, entry, config)
-        if "lm_head" in entry["targets"]:
-            key = f"{entry['feature_key']}_{d}" + ("" if entry["share"] == "global" else "_lm_head")
-            found[None, "lm_head"] = TverskyPlace(key, *widths["lm_head"], entry, config, given=True)
-    return found
-
-
-def feature_banks(places: dict[tuple[int | None, str], TverskyPlace]) -> nn.ModuleDict:
-    """Every bank once, by its key."""
-    banks = nn.ModuleDict()
-    for place in places.values():
-        if place.key not in banks:
-            banks[place.key] = place.make_bank()
-    return banks

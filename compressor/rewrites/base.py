@@ -72,7 +72,7 @@ class FitContext:
         yield from ((hidden, mask) for hidden, (_, mask) in zip(states[layer], self.batches(), strict=True))
 
     def moments(self, layers: Sequence[int], site: str) -> dict[int, SecondMoments]:
-        """Mean and covariance of a site of the original's blocks (see `capture`), in one pass; 8 width^2 bytes a layer."""
+        """Mean and covariance of a site of the original's blocks (see `capture`), in one pass; 8 width^2 bytes each."""
         known = {} if self.statistics is None else self.statistics.moments
         missing = [layer for layer in layers if (layer, site) not in known]
         if missing:

@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2
 from ..errors import UserError
-from ..modeling.tversky import FORM, SCALARS, TARGETS, TverskyPlace, tversky_places
+from ..modeling.tversky import FORM, SCALARS
+from ..modeling.tversky_layers import TARGETS, TverskyPlace, tversky_places
 from ..windows import check_length, tiles, window
 from .base import FitContext, Rewrite
 from .structure import add_structure, without_structure
@@ -38,9 +39,9 @@ class Tversky(Rewrite):
     "explicit" = [out, in]. share_scalars: theta, alpha, beta are the bank's.
 
     init: "exact" = features from `basis`, prototypes the linear's weights as seen through them; "lsq" = then theta,
-    alpha, beta, scale and bias by least squares, for forms that are not linear; "random". basis: "pca" = of the inputs, "asvd"
-    = of the inputs as the outputs need them, "svd" = of the weights. refit: prototype features and biases by least
-    squares on calibration text. distill_steps: of training each projection alone towards its linear on that text.
+    alpha, beta, scale and bias by least squares, for forms that are not linear; "random". basis: "pca" = of the inputs,
+    "asvd" = of the inputs as the outputs need them, "svd" = of the weights. refit: prototype features and biases by
+    least squares on calibration text. distill_steps: of training each projection alone towards its linear on it.
     """
 
     name = "tversky"

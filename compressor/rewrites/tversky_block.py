@@ -41,17 +41,17 @@ def neuron_directions(context: FitContext, layers: Sequence[int], count: int) ->
         length -= 1
     directions, importance = [], []
     for first in range(0, len(layers), length):
-        run = layers[first : first + length]
-        total, weight = 0.0, 0.0
+        run, parts = layers[first : first + length], list[tuple[Tensor, Tensor]]()
         for layer in run:
             order = context.alignments.to_anchor(layer, run[0])
             fc, _, proj, _ = gpt2.ffn_weights(context.original, layer)
             own = fc.double().T[order.to(fc.device)]  # [d_ff, d]
             much = own.norm(dim=1) * proj.double()[order.to(fc.device)].norm(dim=1)
-            total, weight = total + own * much[:, None], weight + much
-        directions.append(total / weight.clamp_min(1e-300)[:, None])  # type: ignore[union-attr]
+            parts.append((own * much[:, None], much))
+        weight = torch.stack([much for _, much in parts]).sum(0)
+        directions.append(torch.stack([own for own, _ in parts]).sum(0) / weight.clamp_min(1e-300)[:, None])
         importance.append(weight)
-    best = torch.cat(importance).topk(count).indices.sort().values  # type: ignore[arg-type]
+    best = torch.cat(importance).topk(count).indices.sort().values
     return torch.cat(directions)[best]
 
 

@@ -17,7 +17,8 @@ from .. import gpt2
 from ..capture import capture
 from ..correlation import SecondMoments
 from ..errors import UserError
-from ..modeling.tversky import SCALARS, FeatureBank, Scalars, TverskyPlace, TverskyProjection, projection_at
+from ..modeling.tversky import SCALARS, FeatureBank, Scalars, TverskyProjection
+from ..modeling.tversky_layers import TverskyPlace, projection_at
 from .base import FitContext
 from .tversky_block import fill_block, neuron_directions
 from .tversky_distill import distill
@@ -208,7 +209,7 @@ class Fit:
             for name, value in zip(SCALARS, values, strict=True):
                 gpt2.put(scalars, name, torch.tensor([scalars.raw(float(value))], dtype=torch.float64, device=device))
 
-    def _random(self, shape: Sequence[int], std: float, device: torch.device) -> Tensor:
+    def _random(self, shape: torch.Size, std: float, device: torch.device) -> Tensor:
         return torch.randn(shape, generator=self.context.generator, dtype=torch.float64).to(device) * std
 
     def _fill_at_random(self, projection: TverskyProjection, device: torch.device) -> None:
