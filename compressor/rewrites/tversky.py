@@ -70,7 +70,7 @@ class Tversky(Rewrite):
     share_scalars: bool = False
     non_negative: bool = False
     init: Literal["exact", "lsq", "random"] = "exact"
-    basis: Literal["pca", "asvd", "svd"] = "pca"
+    basis: Literal["pca", "asvd", "svd"] = "asvd"
     refit: bool = True
     distill_steps: int = 0
     distill_learning_rate: float = 1e-3
