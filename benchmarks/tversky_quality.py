@@ -148,7 +148,8 @@ def table(lines: list[Any], original: float, control: float, options: argparse.N
     told += [f"--targets {options.targets}"] + (["--recover"] if options.recover else [])
     text = [
         f"{Path(options.model).name}, targets {options.targets}; test: the first {options.test_tokens:,} tokens, "
-        f"context {options.context} without overlap; recovery: {options.steps} steps of {options.batch_tokens:,} tokens.",
+        f"context {options.context} without overlap; recovery: {options.steps} steps of "
+        f"{options.batch_tokens:,} tokens.",
         "",
         f"`python -m benchmarks.tversky_quality {Path(options.model).name} {' '.join(told)}`",
         "",
