@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from .models import OpenModel, open_model
     from .rewrites import REWRITES, Rewrite
     from .rewrites.compose import apply
+    from .tversky_gpt import (
+        TverskyGPTModel,
+        count_parameters,
+        create_tversky_gpt_from_config,
+        estimate_memory_mb,
+        get_shared_parameter_info,
+    )
 
 __all__ = [
     "REWRITES",
@@ -35,14 +42,21 @@ __all__ = [
     "GPT2CompressedModel",
     "OpenModel",
     "Rewrite",
+    "TverskyGPTModel",
     "UserError",
     "__version__",
     "apply",
+    "count_parameters",
+    "create_tversky_gpt_from_config",
+    "estimate_memory_mb",
+    "get_shared_parameter_info",
     "open_model",
 ]
 
 _HOMES = {"UserError": "errors", "OpenModel": "models", "open_model": "models", "apply": "rewrites.compose"}
-_HOMES |= {"REWRITES": "rewrites", "Rewrite": "rewrites"}
+_HOMES |= {"REWRITES": "rewrites", "Rewrite": "rewrites", "TverskyGPTModel": "tversky_gpt"}
+_HOMES |= {"create_tversky_gpt_from_config": "tversky_gpt", "get_shared_parameter_info": "tversky_gpt"}
+_HOMES |= {"count_parameters": "tversky_gpt", "estimate_memory_mb": "tversky_gpt"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,7 @@ def read_config(name: str, folder: Path) -> GPT2Config:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in (GPT2Config.model_type, GPT2CompressedConfig.model_type):
         raise UserError(f"{name} is not a GPT-2: its model_type is {kind!r}; allowed: 'gpt2', 'gpt2_compressed'")
-    known = set(GPT2CompressedConfig().to_dict()) | set(GPT2Config.attribute_map)
-    for key in raw:
-        # transformers accepts such a key silently and builds another model than the file says
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
-        if key not in known and close and close[0] not in raw:
-            raise UserError(f"{name}: config.json has {key!r}, which GPT-2 does not know (did you mean {close[0]!r}?)")
+    check_keys(f"{name}: config.json", raw)
     if raw.get("add_cross_attention"):
         raise UserError(f"{name} has cross-attention; only decoder-only GPT-2 language models can be compressed")
     if raw.get("quantization_config"):
@@ -161,37 +157,47 @@ def read_config(name: str, folder: Path) -> GPT2Config:
         raise UserError(
             f"{name}: config.json is not a valid GPT-2 configuration ({' '.join(str(error).split())})"
         ) from error
-    _check_config(name, config)
+    check_config(f"{name}: config.json", config)
     return config
 
 
-def _check_config(name: str, config: GPT2Config) -> None:
+def check_keys(where: str, keys: Collection[str]) -> None:
+    """Raises UserError for a misspelt key: transformers accepts it silently and builds another model than is meant."""
+    known = set(GPT2CompressedConfig().to_dict()) | set(GPT2Config.attribute_map)
+    for key in keys:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if key not in known and close and close[0] not in keys:
+            raise UserError(f"{where} has {key!r}, which GPT-2 does not know (did you mean {close[0]!r}?)")
+
+
+def check_config(where: str, config: GPT2Config) -> None:
+    """Raises UserError for values of which no GPT-2 can be made."""
     for key, most in _LARGEST.items():
         value = getattr(config, key)
         if value is not None and not 1 <= value <= most:
-            raise UserError(f"{name}: config.json has {key} {value}; allowed: 1 to {most}")
+            raise UserError(f"{where} has {key} {value}; allowed: 1 to {most}")
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if not 0 <= getattr(config, key) <= 1:
-            raise UserError(f"{name}: config.json has {key} {getattr(config, key)}; allowed: 0 to 1")
+            raise UserError(f"{where} has {key} {getattr(config, key)}; allowed: 0 to 1")
     if config.n_embd % config.n_head:
-        raise UserError(f"{name}: config.json has n_embd {config.n_embd}, which n_head {config.n_head} does not divide")
+        raise UserError(f"{where} has n_embd {config.n_embd}, which n_head {config.n_head} does not divide")
     if config.activation_function not in ACT2FN:
-        raise UserError(f"{name}: config.json has the unknown activation_function {config.activation_function!r}")
+        raise UserError(f"{where} has the unknown activation_function {config.activation_function!r}")
     records = getattr(config, "compression", None) or []
     if not isinstance(records, list) or not all(
         isinstance(record, dict) and isinstance(record.get("rewrite"), str) for record in records
     ):
-        raise UserError(f"{name}: config.json has compression {records!r}; allowed: a list of rewrites")
+        raise UserError(f"{where} has compression {records!r}; allowed: a list of rewrites")
     if isinstance(config, GPT2CompressedConfig):
         for index, entry in enumerate(config.ffn_groups or []):
             if not _is_group(entry, config.n_layer):
                 raise UserError(
-                    f"{name}: config.json has {entry!r} as entry {index} of ffn_groups; allowed: layers within "
+                    f"{where} has {entry!r} as entry {index} of ffn_groups; allowed: layers within "
                     f"0 to {config.n_layer - 1}, start, rank from 0, bias per_layer or shared"
                 )
         shared = [layer for entry in config.ffn_groups or [] for layer in entry["layers"]]
         if len(shared) != len(set(shared)):
-            raise UserError(f"{name}: config.json has a layer twice in ffn_groups")
+            raise UserError(f"{where} has a layer twice in ffn_groups")
 
 
 def _is_group(entry: Any, n_layer: int) -> bool:

@@ -22,7 +22,7 @@ STOREYS = [
     {"session", "facts", "run_folder", "recipe", "suite"},  # what the steps share
     {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
-     "training_rows", "training_schedule", "training_state", "classification"},  # stages
+     "training_rows", "training_schedule", "training_state", "classification", "tversky_gpt"},  # stages
     {"models", "checkpoint", "gpt2", "artifacts", "data", "examples", "sources", "tokens", "fields", "windows",
      "errors", "processes", "demo", "modeling"},  # ground
 ]  # fmt: skip
@@ -171,6 +171,7 @@ SPELLED = {
     "rewrites.compressed_n": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "ln_1", "ln_2"},  # combines whole blocks
     "rewrites.merged_n": {"c_fc", "c_proj"},  # both linears in turn
     "rewrites.soft_shared": {"c_fc", "c_proj"},
+    "tversky_gpt": {"c_fc", "lm_head"},  # a recipe's words for what projections stand for
 }
 
 
