@@ -109,6 +109,7 @@ def _naive(model, ids):
 def test_the_whole_model_is_the_formula(across):
     model = _model(alpha=0.7, beta=0.3, gamma=1.5, share_across_layers=across)
     assert (_logits(model) - _naive(model, IDS)).abs().max() < 1e-4
+    assert (_logits(model.double()) - _naive(model, IDS)).abs().max() < 1e-10
 
 
 def test_the_scalars_start_as_given():

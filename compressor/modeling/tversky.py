@@ -212,7 +212,8 @@ class TverskyProjection(nn.Module):
         if prepared.part is None:
             return prepared.whole.of(z, common)
         shared, all_of_it = prepared.part.of(z, common), prepared.whole.of(z, common)
-        return (shared.float() / (all_of_it.float() + self.offset)).to(shared.dtype)  # an offset may be small
+        wide = torch.promote_types(shared.dtype, torch.float32)  # an offset may be small
+        return (shared.to(wide) / (all_of_it.to(wide) + self.offset)).to(shared.dtype)
 
     # ------------------------------------------------------------ what does not depend on x
 
