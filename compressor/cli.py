@@ -227,13 +227,20 @@ def _study(options: argparse.Namespace, overrides: list[str], notices: list[str]
 
     if options.study not in studies.STUDIES:
         raise unknown("study", options.study, studies.STUDIES)
+    study = studies.STUDIES[options.study]
     folder = options.run or pipeline.run_name(options.study)
+    given, session = _seeded(options, overrides), _session(options, notices)
+    columns = pipeline.Columns(options.text_column, options.split)
+    if isinstance(study, studies.CountStudy):
+        counted = studies.run_counts(study, folder, given, session, columns=columns)
+        told = report.text(counted.tables, counted.findings)
+        return _print(options, counted.body, f"{told}\n\n{show.written(str(folder))}")
     result = studies.run_study(
-        studies.STUDIES[options.study],
+        study,
         folder,
-        _seeded(options, overrides),
-        _session(options, notices),
-        columns=pipeline.Columns(options.text_column, options.split),
+        given,
+        session,
+        columns=columns,
         tell=lambda message: None if options.quiet or not _main_process() else print(message, file=sys.stderr),
     )
     return _print(

@@ -152,7 +152,7 @@ def test_the_workflow_of_the_source_has_nine_steps_and_names_sections_of_the_rep
         assert named == told.main.title or set(named.split(", ")) <= sections, step
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if isinstance(study, Study)])
 def test_every_study_can_be_run_on_the_demo(name):
     """Its recipes are sound; running them takes too long here."""
     study = STUDIES[name]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifacts import Provenance
 from ..benchmark import Report
 from . import layout, tables, tasks
 from .figures import MISSING, Gaps
@@ -64,7 +65,7 @@ def content(report: Report, stories: Sequence[Story] = ()) -> Content:
         pictures=tuple(pictures(report, gaps, stories)),
         prompts=tuple(tasks.prompts(report)),
         origin=tuple(_origin(report, stories)),
-        made=_made(report),
+        made=made_by(report.origin),
         command=report.origin.command,
     )
 
@@ -159,8 +160,8 @@ def _trained(story: Story) -> str:
     return "; ".join(done) or "none"
 
 
-def _made(report: Report) -> str:
-    origin = report.origin
+def made_by(origin: Provenance) -> str:
+    """The versions, the machine and the seed that something was made with."""
     commit = f" ({origin.commit})" if origin.commit else ""
     return (
         f"gpt2-compress {origin.version}{commit}, torch {origin.torch}, transformers {origin.transformers}, "

@@ -59,10 +59,10 @@ def terminal(report: Report, gaps: Gaps) -> str:
     """The main table, then what it has no room for, and why anything is missing."""
     parts = [plain(tables.overview(report, gaps))]
     for index, table in enumerate(tables.perplexities(report, gaps)):
-        parts.append(_headed(table) if index else _head(table))  # the main table has the first
+        parts.append(headed(table) if index else _head(table))  # the main table has the first
     if len(ways(report, "latency")) > 1:  # the main table has the first kind
-        parts += map(_headed, tables.latencies(report, gaps))
-    parts += [_headed(tasks.table(report, task, everything=False)) for task in tasks.tasks(report, gaps)]
+        parts += map(headed, tables.latencies(report, gaps))
+    parts += [headed(tasks.table(report, task, everything=False)) for task in tasks.tasks(report, gaps)]
     absent = missing(gaps)
     if absent:
         parts.append(
@@ -75,5 +75,6 @@ def _head(table: Table) -> str:
     return f"{table.title}: {table.note[:1].lower()}{table.note[1:]}" if table.note else f"{table.title}:"
 
 
-def _headed(table: Table) -> str:
+def headed(table: Table) -> str:
+    """A table for a terminal under its title and note."""
     return f"{_head(table)}\n\n{plain(table)}"
