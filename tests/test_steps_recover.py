@@ -549,3 +549,12 @@ def test_no_clipping_is_not_a_gradient_of_nothing(made_run, session):
     settings = Finetune(steps=2, batch_tokens=128, selection_tokens=128, clip=0.0, learning_rate=1e-2, control=False)
     done = pipeline.finetune(made_run, settings, session)["recovered"]["recovery"]
     assert len({row["nll"] for row in done["evaluations"]}) == 3
+
+
+def test_a_training_on_short_rows_says_what_it_leaves_untrained(cut_run, session, notices):
+    pipeline.finetune(cut_run, changed(steps=1, context=16), session)
+    (said,) = [note for note in notices if "positions" in note]
+    assert "context=16 trains that many" in said and "measure at context=16" in said
+    notices.clear()
+    pipeline.finetune(cut_run, changed(steps=1, context=None), forced(session))
+    assert not [note for note in notices if "positions" in note]

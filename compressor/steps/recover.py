@@ -85,6 +85,11 @@ def texts(
             f"the training text ({parts['training'].facts['source']}) and the selection text "
             f"({parts['selection'].facts['source']}) share text; the best state would be chosen on what was trained on"
         )
+    if context < found.config.n_positions:
+        session.notice(
+            f"finetune: context={context} trains that many of the {found.config.n_positions} positions, and the "
+            f"others may get worse; measure at context={context} then, or leave context out"
+        )
     if settings.batch_tokens < context:
         session.notice(f"finetune: batch_tokens={settings.batch_tokens} is less than one block; a step takes {context}")
     return parts
