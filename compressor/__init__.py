@@ -90,9 +90,9 @@ class _AfterTransformers(MetaPathFinder):
 
 
 def _register() -> None:
-    from .modeling import register
-
-    register()
+    modeling = importlib.import_module(f"{__name__}.modeling")
+    if hasattr(modeling, "register"):  # else it is the one that imports transformers, and registers at its end
+        modeling.register()
 
 
 if "transformers" in sys.modules:

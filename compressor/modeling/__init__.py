@@ -40,6 +40,8 @@ def register() -> None:
     AutoTokenizer.register(GPT2CompressedConfig, GPT2Tokenizer, exist_ok=True)
 
 
+register()
+
 __all__ = [
     "AUTO_MAP",
     "GPT2CompressedConfig",
