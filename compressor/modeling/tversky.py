@@ -139,7 +139,7 @@ class TverskyProjection(nn.Module):
         self.register_parameter("prototypes", None if rows is None else nn.Parameter(torch.empty(width_out, rows)))
         self.register_parameter("scale", nn.Parameter(torch.empty(width_out)) if scale else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(width_out)) if bias else None)
-        self._kept: tuple[Any, _Prepared] | None = None
+        self._kept: tuple[Any, list[Tensor], _Prepared] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -179,6 +179,8 @@ class TverskyProjection(nn.Module):
 
     def product(self, z: Tensor, bank: FeatureBank, prototypes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """left [..., k] and right [width_out, k] with `compare` = left right^T, of a contrast of matrix products."""
+        if self.form == "ratio" or self._needs_common or self.intersection == "softmin":
+            raise ValueError(f"{self.form} of {self.intersection} and {self.difference} is no sum of matrix products")
         factors = self._prepared(bank, prototypes).whole
         names = list(factors.right)
         left = [_LEFT[name](z) for name in names]
@@ -226,10 +228,12 @@ class TverskyProjection(nn.Module):
         if any(tensor.is_inference() for tensor in tensors):  # they do not say when they change
             return self._prepare(bank, given)
         key = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
-        key.append((torch.is_autocast_enabled(bank.weight.device.type),))  # type: ignore[arg-type]
+        kind = bank.weight.device.type
+        key.append((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))  # type: ignore[arg-type]
         if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._prepare(bank, given)
-        return self._kept[1]
+            held = [tensor.detach() for tensor in tensors]  # so that no other comes to lie at their addresses
+            self._kept = key, held, self._prepare(bank, given)
+        return self._kept[2]
 
     def _prepare(self, bank: FeatureBank, given: Tensor | None) -> _Prepared:
         u, (theta, alpha, beta) = self.prototype_features(bank, given), self.strengths(bank)
