@@ -95,6 +95,14 @@ def head_product(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor
     return cast(Any, model).head_product(hidden) if hasattr(model, "head_product") else (hidden, head(model).weight)
 
 
+HEAD_KEY = "lm_head.weight"  # in a state dict; float[vocabulary, d], as the embeddings are
+
+
+def embeddings(model: PreTrainedModel) -> Tensor:
+    """Of the tokens, [vocabulary, d]."""
+    return trunk(model).wte.weight.detach()
+
+
 def feature_bank(model: PreTrainedModel) -> Any:
     """The feature banks of a compressed model's Tversky projections, by their keys."""
     return trunk(model).feature_bank

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -25,11 +26,16 @@ def without_structure(
     model: GPT2LMHeadModel, field: str, goes: Callable[[dict[str, Any]], bool], tensors: Mapping[str, Tensor]
 ) -> GPT2LMHeadModel:
     """The model without the entries of `field` that go: plain GPT-2 where no other is left. tensors: what takes the
-    place of theirs, by state-dict key, a query's, key's or value's linear as part of c_attn."""
+    place of theirs, by state-dict key, a query's, key's or value's linear as part of c_attn. A head that is no longer
+    the embeddings is untied from them."""
     fields = model.config.to_dict()
     fields[field] = [entry for entry in fields.get(field) or [] if not goes(entry)] or None
     for key in ("model_type", "architectures"):
         fields.pop(key, None)
+    if fields["tie_word_embeddings"] and gpt2.HEAD_KEY in tensors:
+        head, embeddings = tensors[gpt2.HEAD_KEY], gpt2.embeddings(model)
+        rounding = 8 * torch.finfo(head.dtype).eps * embeddings.abs().max()  # of features that span everything
+        fields["tie_word_embeddings"] = bool((head - embeddings).abs().max() <= rounding)
     kind: type[GPT2Config] = GPT2CompressedConfig
     if not any(fields.get(name) for name in STRUCTURES):
         kind = GPT2Config

@@ -7,7 +7,7 @@ features G [out, K] give y = x F^T G^T + b'. The best G is W^T S F^T (F S F^T)^-
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -224,7 +224,8 @@ class Fit:
         weight, bias = self.linear(where)
         seen = features @ weight  # [K, out], of orthonormal features
         mean = None
-        if self.rewrite.refit and where[0] is not None:
+        everything = len(features) == len(weight) and projection.bias is not None  # nothing is left to be made up for
+        if self.rewrite.refit and where[0] is not None and not everything:
             moments = self._moments(where)
             covariance, mean = moments.covariance(), moments.mean
             pull = covariance @ weight
@@ -290,6 +291,7 @@ def _leading(symmetric: Tensor, count: int) -> Tensor:
 # ---------------------------------------------------------------- back to linears
 
 
+@torch.no_grad()
 def dense_tensors(model: GPT2LMHeadModel, places: Places) -> dict[str, Tensor]:
     """State-dict key -> tensor of the linears that stand for projections. Raises UserError where one is not linear."""
     tensors = {}
@@ -298,26 +300,26 @@ def dense_tensors(model: GPT2LMHeadModel, places: Places) -> dict[str, Tensor]:
         slope = linear_strength(projection, bank)
         if slope is None or target == "mlp_block":
             theta, alpha, beta = (float(value) for value in projection.strengths(bank))
+            place_of = target if layer is None else f"{target} of layer {layer}"
             raise UserError(
-                f"the tversky {target} of layer {layer} is not linear, so plain GPT-2 cannot express it (form="
-                f"{projection.form}, theta {theta:.4g}, alpha + beta {alpha + beta:.4g}); an antipodal bank of "
-                "products with theta = alpha + beta is"
+                f"the tversky {place_of} is not linear, so plain GPT-2 cannot express it (form {projection.form}, "
+                f"intersection {projection.intersection}, difference {projection.difference}, theta {theta:.4g}, alpha + "
+                f"beta {alpha + beta:.4g}); an antipodal bank of products with theta = alpha + beta is"
             )
-        with torch.no_grad():
-            features = bank.weight.double()
-            given = gpt2.head(model).weight if layer is None else None
-            u = projection.prototype_features(bank, given).double()
-            weight = (features.T @ u.T) * slope  # [in, out]
-            bias = None if projection.bias is None else projection.bias.double()
-            if projection.scale is not None:
-                weight = weight * projection.scale.double()
-            dtype = bank.weight.dtype
-            if layer is None:
-                tensors["lm_head.weight"] = weight.T.to(dtype).contiguous()
-                continue
-            bias = weight.new_zeros(projection.width_out) if bias is None else bias
-            tensors[gpt2.linear_key(layer, LEAVES[target], "weight")] = weight.to(dtype).contiguous()
-            tensors[gpt2.linear_key(layer, LEAVES[target], "bias")] = bias.to(dtype)
+        features = bank.weight.double()
+        given: Any = gpt2.head(model).weight if layer is None else projection.prototypes
+        u = given.double() if projection.kind == "features" else given.double() @ features.T
+        weight = (features.T @ u.T) * slope  # [in, out]
+        bias = None if projection.bias is None else projection.bias.double()
+        if projection.scale is not None:
+            weight = weight * projection.scale.double()
+        dtype = bank.weight.dtype
+        if layer is None:
+            tensors[gpt2.HEAD_KEY] = weight.T.to(dtype).contiguous()
+            continue
+        bias = weight.new_zeros(projection.width_out) if bias is None else bias
+        tensors[gpt2.linear_key(layer, LEAVES[target], "weight")] = weight.to(dtype).contiguous()
+        tensors[gpt2.linear_key(layer, LEAVES[target], "bias")] = bias.to(dtype)
     return tensors
 
 

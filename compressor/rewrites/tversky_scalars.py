@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Sums:
-    """Means of some columns and of y per output, and their centred products: float64[columns + 1, columns + 1, out]."""
+    """Means of some columns and of y per output, and sums of their products: float64[columns + 1, columns + 1, out]."""
 
     def __init__(self, columns: int, out: int, device: torch.device):
         self.count = 0
@@ -39,9 +39,10 @@ class _Sums:
     def means(self) -> Tensor:
         return self.first / self.count
 
-    def covariance(self) -> Tensor:
-        """[columns + 1, columns + 1, out], y last."""
-        return self.second / self.count - self.means[:, None] * self.means
+    def products(self, centred: bool) -> Tensor:
+        """Mean products [columns + 1, columns + 1, out], y last; about the means where a bias takes these up."""
+        products = self.second / self.count
+        return products - self.means[:, None] * self.means if centred else products
 
 
 def fit_scalars(fit: Fit) -> None:
@@ -78,8 +79,8 @@ def _strengths(fit: Fit, sums: dict[Where, _Sums]) -> dict[int, Tensor]:
     them weighed by the variance of its linear's outputs."""
     found: dict[int, tuple[Scalars, Tensor]] = {}
     for where, own in sums.items():
-        scalars, covariance = _scalars(fit, where), own.covariance()
-        normal = covariance.sum(-1) / covariance[-1, -1].sum().clamp_min(1e-300)
+        scalars, products = _scalars(fit, where), own.products(fit.projections[where].bias is not None)
+        normal = products.sum(-1) / own.products(True)[-1, -1].sum().clamp_min(1e-300)
         before = found.get(id(scalars), (scalars, torch.zeros_like(normal)))[1]
         found[id(scalars)] = scalars, before + normal
     strengths = {}
@@ -101,11 +102,11 @@ def _strengths(fit: Fit, sums: dict[Where, _Sums]) -> dict[int, Tensor]:
 
 def _affine(projection: TverskyProjection, sums: _Sums, mix: Tensor) -> None:
     """Scale and bias per output for the similarity that a mixture of the columns is."""
-    covariance, means = sums.covariance(), sums.means
-    own, both = torch.einsum("i,j,ijo->o", mix, mix, covariance[:-1, :-1]), mix @ covariance[:-1, -1]
+    products, means = sums.products(projection.bias is not None), sums.means
+    own, both = torch.einsum("i,j,ijo->o", mix, mix, products[:-1, :-1]), mix @ products[:-1, -1]
     scale = torch.ones_like(own)
     if projection.scale is not None:
-        scale = torch.where(own > 1e-12 * covariance[-1, -1], both / own, 1.0)
+        scale = torch.where(own > 1e-12 * products[-1, -1], both / own, 1.0)
         gpt2.put(projection, "scale", scale)
     if projection.bias is not None:
         gpt2.put(projection, "bias", means[-1] - scale * (mix @ means[:-1]))
