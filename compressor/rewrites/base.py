@@ -157,8 +157,8 @@ class Rewrite(ABC):
         """Called at every training step with progress 0..1."""
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel | None:
-        """The same function without this rewrite's structure: plain GPT-2 where no other has one. None where it has none
-        of its own. Raises UserError, which says why, where it is not linear."""
+        """The same function without this rewrite's structure: plain GPT-2 where no other has one. None where it has
+        none of its own. Raises UserError, which says why, where it is not linear."""
         return None
 
     @classmethod

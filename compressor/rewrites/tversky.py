@@ -35,8 +35,8 @@ class Tversky(Rewrite):
     are the token embeddings. bank_size: features of a bank, a number or a part of the input's width; null = the width.
 
     share: whose bank it is: "none" = each projection's own, "layer", "window" (of n layers: the one at start, or all in
-    tiles, where a rest of one layer stays as it is), "global". layers: which (null = all). prototypes: "features" = what they have of each feature, [out, K];
-    "explicit" = [out, in]. share_scalars: theta, alpha, beta are the bank's.
+    tiles, where a rest of one layer stays as it is), "global". layers: which (null = all). prototypes: "features" =
+    what they have of each feature, [out, K]; "explicit" = [out, in]. share_scalars: theta, alpha, beta are the bank's.
 
     init: "exact" = features from `basis`, prototypes the linear's weights as seen through them; "lsq" = then theta,
     alpha, beta, scale and bias by least squares, for forms that are not linear; "random". basis: "pca" = of the inputs,

@@ -299,12 +299,12 @@ def dense_tensors(model: GPT2LMHeadModel, places: Places) -> dict[str, Tensor]:
         projection, bank = projection_at(model, layer, target), gpt2.feature_bank(model)[place.key]
         slope = linear_strength(projection, bank)
         if slope is None or target == "mlp_block":
-            theta, alpha, beta = (float(value) for value in projection.strengths(bank))
+            theta, alpha, beta = _strengths(projection, bank)
             place_of = target if layer is None else f"{target} of layer {layer}"
             raise UserError(
                 f"the tversky {place_of} is not linear, so plain GPT-2 cannot express it (form {projection.form}, "
-                f"intersection {projection.intersection}, difference {projection.difference}, theta {theta:.4g}, alpha + "
-                f"beta {alpha + beta:.4g}); an antipodal bank of products with theta = alpha + beta is"
+                f"intersection {projection.intersection}, difference {projection.difference}, theta {theta:.4g}, "
+                f"alpha + beta {alpha + beta:.4g}); an antipodal bank of products with theta = alpha + beta is"
             )
         features = bank.weight.double()
         given: Any = gpt2.head(model).weight if layer is None else projection.prototypes
@@ -325,10 +325,15 @@ def dense_tensors(model: GPT2LMHeadModel, places: Places) -> dict[str, Tensor]:
 
 def linear_strength(projection: TverskyProjection, bank: FeatureBank) -> float | None:
     """What a projection's dot products over features are multiplied by, None where it is no dot product."""
-    theta, alpha, beta = (float(value) for value in projection.strengths(bank))
+    theta, alpha, beta = _strengths(projection, bank)
     linear = (
         (projection.form, projection.intersection, projection.difference) == ("contrast", "product", "product")
         and projection.antipodal
         and not projection.normalize
     )
     return theta if linear and abs(theta - alpha - beta) <= 1e-6 * max(1.0, abs(theta)) else None
+
+
+def _strengths(projection: TverskyProjection, bank: FeatureBank) -> list[float]:
+    """theta, alpha, beta as numbers."""
+    return [float(torch.as_tensor(value).detach()) for value in projection.strengths(bank)]
