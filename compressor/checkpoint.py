@@ -253,7 +253,8 @@ def _read_header(name: str, files: list[Path]) -> Header:
 
 def _place(key: str) -> str:
     """The language model's name of a checkpoint's tensor; a base model's file leaves out the trunk's prefix."""
-    return key if key.startswith(_PREFIX) or key == _HEAD or _OTHER_TENSORS.search(key) else _PREFIX + key
+    own = key.startswith((_PREFIX, _HEAD.removesuffix("weight")))  # a head may have parts besides its weight
+    return key if own or _OTHER_TENSORS.search(key) else _PREFIX + key
 
 
 def _itemsize(kind: str) -> int:

@@ -13,7 +13,7 @@ from conftest import forced, make_config, make_model, make_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from compressor import alignment, artifacts, pipeline, report, run_folder
+from compressor import alignment, artifacts, models, pipeline, report, run_folder
 from compressor.errors import UserError
 from compressor.models import open_model
 from compressor.pipeline import Session
@@ -298,6 +298,22 @@ def test_export_is_plain_gpt2_and_computes_the_same(made_run, tmp_path, session)
     assert body["bytes"] == (tmp_path / "dense" / "model.safetensors").stat().st_size
     again = tmp_path / "again"
     pipeline.align(again, str(tmp_path / "dense"), "demo", Align(method="none"), session)  # a plain one to start from
+
+
+def test_export_of_similarities_while_they_are_dot_products(aligned_run, tmp_path, session):
+    record = {"rewrite": "tversky", "targets": ["q", "c_fc", "lm_head"], "bank_size": 0.5}
+    rewrite(aligned_run, session, record)
+    pipeline.export(str(aligned_run), tmp_path / "dense", session)
+    dense = open_model(str(tmp_path / "dense"), device="cpu")
+    assert dense.plain and not dense.model.config.tie_word_embeddings  # the head is of half the rank
+    torch.testing.assert_close(logits(tmp_path / "dense"), logits(aligned_run), rtol=1e-4, atol=1e-4)
+    moved = open_model(str(aligned_run), device="cpu")
+    with torch.no_grad():
+        moved.model.transformer.h[2].mlp.c_fc.scalars.theta.fill_(1.25)
+    models.save(moved.model, tmp_path / "moved", moved.tokenizer, torch.float32)
+    with pytest.raises(UserError, match=r"tversky c_fc of layer 2 is not linear.*theta 1\.25, alpha \+ beta 1\)"):
+        pipeline.export(str(tmp_path / "moved"), tmp_path / "none", session)
+    assert not (tmp_path / "none").exists()
 
 
 def test_export_replaces_a_models_folder_only(made_run, tmp_path, session, monkeypatch):
