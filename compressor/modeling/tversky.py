@@ -162,12 +162,16 @@ class TverskyProjection(nn.Module):
 
     def compare(self, z: Tensor, bank: FeatureBank, prototypes: Tensor | None = None) -> Tensor:
         """The output, float[..., width_out], of what `measure` gave."""
-        y = self.similarity(z.reshape(-1, z.shape[-1]), self._prepared(bank, prototypes))
+        y = self.similarities(z.reshape(-1, z.shape[-1]), bank, prototypes)
         if self.scale is not None:
             y = y * self.scale
         if self.bias is not None:
             y = y + self.bias
         return y.view(*z.shape[:-1], self.width_out)
+
+    def similarities(self, z: Tensor, bank: FeatureBank, prototypes: Tensor | None = None) -> Tensor:
+        """S before scale and bias, float[tokens, width_out], of z float[tokens, features]."""
+        return self.similarity(z, self._prepared(bank, prototypes))
 
     def terms(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f(X and P), f(X - P), f(P - X), float[tokens, width_out] each, of z float[tokens, features] and of u

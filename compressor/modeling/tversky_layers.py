@@ -138,6 +138,11 @@ def projection_at(model: Any, layer: int | None, target: str) -> TverskyProjecti
     return getattr(block.mlp, {"c_fc": "c_fc", "mlp_out": "c_proj", "mlp_block": "block"}[target])
 
 
+def receiver_at(model: Any, layer: int, target: str) -> nn.Module:
+    """The module whose first argument is what the projection at a target of a layer measures."""
+    return model.transformer.h[layer].attn.c_attn if target in ("q", "k", "v") else projection_at(model, layer, target)
+
+
 # ---------------------------------------------------------------- from the config
 
 TARGETS = ("q", "k", "v", "attn_out", "c_fc", "mlp_out", "mlp_block", "lm_head")

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import fields, gpt2
 from ..alignment import Alignments
-from ..capture import capture
+from ..capture import Batch, capture
 from ..correlation import SecondMoments
 from ..data import TokenBlocks
 from ..errors import UserError
@@ -159,6 +159,11 @@ class Rewrite(ABC):
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel | None:
         """The same function without this rewrite's structure: plain GPT-2 where no other has one. None where it has
         none of its own. Raises UserError, which says why, where it is not linear."""
+        return None
+
+    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch]) -> dict[str, Any] | None:
+        """What a reader of its report should know of a model made by this rewrite, found on calibration text (ids and
+        mask as `capture` takes them); values of JSON. None where there is nothing; then no batch is asked for."""
         return None
 
     @classmethod

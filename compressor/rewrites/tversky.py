@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +18,14 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2
+from ..capture import Batch
 from ..errors import UserError
 from ..modeling.tversky import FORM, SCALARS
 from ..modeling.tversky_layers import TARGETS, TverskyPlace, tversky_places
 from ..windows import check_length, tiles, window
 from .base import FitContext, Rewrite
 from .structure import add_structure, without_structure
+from .tversky_diagnosis import diagnose
 from .tversky_fit import LEAVES, Fit, dense_tensors, projections
 
 _MLP = ("c_fc", "mlp_out")
@@ -243,6 +245,10 @@ class Tversky(Rewrite):
         """Where every similarity is linear still: antipodal products with theta = alpha + beta."""
         tensors = dense_tensors(model, self.places(model))
         return without_structure(model, "tversky", lambda entry: entry["feature_key"] == self.feature_key, tensors)
+
+    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Dead features and prototypes, asymmetry, theta, alpha, beta (rewrites/tversky_diagnosis.py)."""
+        return {"feature_key": self.feature_key, **diagnose(model, self.places(model), batches)}
 
     @classmethod
     def neutral(cls, base: GPT2Config) -> Tversky:

@@ -20,7 +20,8 @@ from ..rewrites import Rewrite, from_record
 from ..run_folder import Aligned
 from ..session import ANYWHERE, Columns, Notice, Session
 from . import cards
-from .inputs import Part, open_base, part
+from .diagnose import diagnostics
+from .inputs import Part, calibration_blocks, open_base, part
 
 CHECKPOINTS = "checkpoints"
 
@@ -237,7 +238,7 @@ def _train(
     body: dict[str, Any] = {}
     with session.alone() as here:
         if here:
-            body = _save(place / job.name, opened, job, result, given, origin, session.notice)
+            body = _save(place / job.name, opened, job, result, given, origin, aligned, session.notice)
             training_state.remove(state)
             _remove_empty(place / CHECKPOINTS)
     return session.processes.all_gather(body)[0]
@@ -259,6 +260,7 @@ def _save(
     result: Recovery,
     given: Mapping[str, Any],
     origin: artifacts.Provenance,
+    aligned: Aligned,
     notice: Notice,
 ) -> dict[str, Any]:
     earlier = verify.made(opened.folder, opened.model.config)
@@ -286,6 +288,7 @@ def _save(
             },
             "recovery": dataclasses.asdict(result),
         }
+        body |= diagnostics(job.rewrites, opened.model, lambda: calibration_blocks(opened, aligned), notice)
         artifacts.write_json(folder / verify.REPORT, verify.RECOVERY, body, origin)
         cards.leave(folder, opened.model.config, target, notice)
     return body

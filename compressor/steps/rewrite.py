@@ -19,6 +19,7 @@ from ..run_folder import Aligned
 from ..session import Session
 from ..windows import Window
 from . import cards
+from .diagnose import diagnostics
 from .inputs import calibration_blocks, open_base
 from .search import found_windows, windows_file
 
@@ -101,6 +102,7 @@ def write_model(
             "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
             "probe": models.probe(model.float()),  # of the saved numbers: `model` has become the files' dtype
         }
+        body |= diagnostics(chosen, model, lambda: calibration, session.notice)
         texts = {"calibration": {**aligned.calibration, "tokens": calibration.tokens}}
         artifacts.write_json(folder / verify.REPORT, kind, body, session.origin(base, texts))
         cards.leave(folder, model.config, target, session.notice)
