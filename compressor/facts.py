@@ -14,6 +14,7 @@ from . import gpt2, models, run_folder
 from .checkpoint import shared_layers, structure_hash
 from .errors import UserError
 from .metrics.size import flops_per_token, parameters, predicted_bytes
+from .modeling.tversky_layers import tversky_places
 from .recipe import Recipe
 from .rewrites import Rewrite
 from .rewrites.compose import check, layer_map, structure
@@ -148,6 +149,7 @@ def inspect(path: str) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "compression": getattr(config, "compression", None) or [],
         "ffn_groups": getattr(config, "ffn_groups", None) or [],
+        "feature_banks": _banks(config),
         "structure": structure_hash(config),
         "parameters": count,
         "parameters_before": report["parameters_before"] if report else count,
@@ -157,9 +159,20 @@ def inspect(path: str) -> dict[str, Any]:
     }
     if report:
         body["made_by"] = report["provenance"]
+        body["diagnostics"] = report.get("diagnostics", [])
     if aligned:
         body["alignment"] = [
             {"anchor": item.anchor, "layer": item.layer, **dataclasses.asdict(item.quality)}
             for item in aligned.alignments.solved
         ]
     return body
+
+
+def _banks(config: GPT2Config) -> list[dict[str, Any]]:
+    """The banks of features of Tversky projections, each with what uses it: [layer (null: the head), target]."""
+    found: dict[str, dict[str, Any]] = {}
+    for where, user in tversky_places(config).items():
+        facts = {"key": user.key, "features": user.features, "width": user.widths[0]}
+        entry = {**facts, "antipodal": user.entry["antipodal"], "projections": []}
+        found.setdefault(user.key, entry)["projections"].append(list(where))
+    return list(found.values())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .report import tversky
+
 
 def _change(before: float, after: float) -> str:
     return f"{before:,} -> {after:,} ({after / before - 1:+.1%})"
@@ -97,12 +99,26 @@ def model(body: dict[str, Any]) -> str:
         lines.append(f"made by          {record.get('rewrite')}: {settings}")
     for index, group in enumerate(body["ffn_groups"]):
         lines.append(f"shared FFN {index}     layers {group['layers']}, rank {group['rank']}, bias {group['bias']}")
+    lines += [_bank(bank) for bank in body["feature_banks"]]
+    found = tversky.diagnosis(body, "", body["path"])
+    lines += [f"diagnosis        {line}" for line in (tversky.summary(found) if found else ())]
     for row in body.get("alignment", []):
         lines.append(
             f"alignment        {row['layer']} -> {row['anchor']}: matched {row['matched']:.3f}, identity "
             f"{row['identity']:.3f}"
         )
     return "\n".join(lines)
+
+
+def _bank(bank: dict[str, Any]) -> str:
+    layers: dict[str, list[int]] = {}
+    for layer, target in bank["projections"]:
+        layers.setdefault(target, []).extend([] if layer is None else [layer])
+    users = ", ".join(target + (f" of {tversky.layers_named(own)}" if own else "") for target, own in layers.items())
+    twice = " and their opposites" if bank["antipodal"] else ""
+    return (
+        f"feature bank     {bank['key']}: {bank['features']:,} features{twice} of width {bank['width']:,} for {users}"
+    )
 
 
 def checks(rows: list[dict[str, Any]]) -> str:

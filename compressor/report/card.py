@@ -20,7 +20,7 @@ from ..benchmark import Report
 from ..metrics import MetricResult
 from ..modeling import GPT2CompressedConfig
 from ..rewrites import REWRITES
-from . import tables, tasks
+from . import tables, tasks, tversky
 from .figures import Gaps, family, scaled, title
 from .layout import Table, code, escaped, markdown
 
@@ -75,6 +75,9 @@ def card(step: str, made: Mapping[str, Any], config: GPT2Config, measured: Repor
         "## Size",
         markdown(_sizes(made)),
     ]
+    found = tversky.diagnosis(made, step, "the report.json of this model")
+    if found is not None:
+        parts += [f"## {tversky.TITLE}", "\n".join(f"- {escaped(line)}" for line in tversky.summary(found))]
     if measured is not None:
         parts += ["## Figures", *_figures(measured)]
     parts += [

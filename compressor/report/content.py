@@ -9,7 +9,7 @@ from typing import Any
 
 from ..artifacts import Provenance
 from ..benchmark import Report
-from . import layout, tables, tasks
+from . import layout, tables, tasks, tversky
 from .figures import MISSING, Gaps
 from .layout import Table
 from .pictures import Picture, pictures
@@ -37,6 +37,7 @@ class Content:
     origin: tuple[Table, ...]
     made: str  # by which versions, on what
     command: str
+    projections: tuple[Table, ...] = ()  # of Tversky, one a model
 
 
 def content(report: Report, stories: Sequence[Story] = ()) -> Content:
@@ -67,6 +68,7 @@ def content(report: Report, stories: Sequence[Story] = ()) -> Content:
         origin=tuple(_origin(report, stories)),
         made=made_by(report.origin),
         command=report.origin.command,
+        projections=tuple(tversky.tables(stories)),
     )
 
 

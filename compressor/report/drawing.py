@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 INK, GREY, GRID, PAPER = "#1f2328", "#6e7782", "#e4e7ec", "#fffffe"  # the page's own colours in an SVG
 # Okabe and Ito's, which colour-blind readers tell apart, without the black and the yellow.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_PAGE = {INK: "ink", GREY: "grey", GRID: "grid", PAPER: "paper", _COLOURS[0]: "blue"}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_PAGE = {INK: "ink", GREY: "grey", GRID: "grid", PAPER: "paper", COLOURS[0]: "blue"}
 _MARKERS = "o^PXh*"
 _BESIDE = {"pruned": "v", "dropped": "<"}
 _WIDTH = 10.5
@@ -63,7 +63,7 @@ class Look:
         return {"marker": self.marker, "color": self.colour, "markerfacecolor": face, "markeredgewidth": 1.4}
 
 
-DEFAULT = Look(_COLOURS[0], _MARKERS[0])  # of a run that has no row
+DEFAULT = Look(COLOURS[0], _MARKERS[0])  # of a run that has no row
 
 
 def looks(report: Report) -> dict[str, Look]:
@@ -80,7 +80,7 @@ def looks(report: Report) -> dict[str, Look]:
             found[row.name] = Look(GREY, _BESIDE.get(kind, "s"), hollow=step in BEFORE)
         else:
             place = len(kinds)
-            kinds.setdefault(run, (_COLOURS[place % 6], _MARKERS[place // 6 % 6]))
+            kinds.setdefault(run, (COLOURS[place % 6], _MARKERS[place // 6 % 6]))
             found[row.name] = Look(*kinds[run], hollow=step == "rewritten")
     return found
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from . import tversky
 from .content import Content
 from .layout import Table
 from .pictures import Picture
@@ -76,6 +77,7 @@ def document(told: Content) -> str:
         ("workflow", "Workflow", _workflow(told.workflow)),
         ("models", told.main.title, _table(told.main)),
         ("tables", "Tables", "\n".join(_titled(table) for table in told.tables)),
+        ("projections", tversky.TITLE, _projections(told) if told.projections else ""),
         ("missing", "Not measured", _missing(told.missing) if told.missing else ""),
         ("plots", "Plots", "\n".join(map(_figure, told.pictures))),
         ("samples", "Samples", "\n".join(map(_prompt, told.prompts))),
@@ -158,6 +160,11 @@ def _cell(text: str) -> str:
 def _words(text: str) -> str:
     """Words that no line may cut at their hyphens."""
     return " ".join(f"<span>{escape(word)}</span>" for word in text.split())
+
+
+def _projections(told: Content) -> str:
+    tables = "\n".join(map(_titled, told.projections))
+    return f'<p class="note">{escape(tversky.NOTE)}</p>\n{tables}'
 
 
 def _missing(table: Table) -> str:

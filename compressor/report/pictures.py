@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..benchmark import Report
-from . import bars, course, drawing, scatter
+from . import bars, course, drawing, scatter, tversky
 from .figures import Gaps, title
 from .rows import part
 from .story import Story
@@ -24,7 +24,7 @@ _COSTS = {
 }
 _TASKS = {"imdb": "task_imdb.png", "rouge": "task_rouge.png", "generation": "task_generation.png"}
 _OTHER = "task_other.png"
-_RUNS = {"windows": "windows.png", "curves": "recovery.png", "alignment": "alignment.png"}
+_RUNS = {"windows": "windows.png", "curves": "recovery.png", "alignment": "alignment.png", "tversky": "tversky.png"}
 
 # Every plot that a report may have; one that it has not is removed where an earlier report left it.
 FILES = (*(file for file, _ in _COSTS.values()), *_TASKS.values(), _OTHER, *_RUNS.values())
@@ -65,6 +65,7 @@ def pictures(report: Report, gaps: Gaps, stories: Sequence[Story]) -> list[Pictu
         (_RUNS["windows"], "Search for the window", course.WINDOWS, partial(course.windows, stories, colours)),
         (_RUNS["curves"], "Recovery", course.CURVES, partial(course.curves, stories, colours)),
         (_RUNS["alignment"], "Alignment", course.ALIGNMENT, partial(course.alignment, stories)),
+        (_RUNS["tversky"], tversky.TITLE, tversky.CAPTION, partial(tversky.plot, stories)),
     ]
     with drawing.look():
         drawn = [(file, head, text, draw()) for file, head, text, draw in offered]

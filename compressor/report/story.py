@@ -50,6 +50,51 @@ class Alignment:
 
 
 @dataclass(frozen=True)
+class Bank:
+    """The features of some Tversky projections, as rewrites/tversky_diagnosis.py describes them."""
+
+    key: str
+    width: int
+    features: int
+    dead_features: int
+    projections: int
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What became of a Tversky projection, as rewrites/tversky_diagnosis.py describes it."""
+
+    layer: int | None
+    target: str
+    bank: str
+    features_per_token: float
+    dead_features: int
+    prototypes: int
+    empty_prototypes: int
+    constant_prototypes: int
+    dead_prototypes: int
+    theta: float
+    alpha: float
+    beta: float
+    linear: bool
+    asymmetry: float | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The Tversky projections of one model, on so many tokens of calibration text."""
+
+    name: str  # rewritten | recovered
+    tokens: int
+    banks: tuple[Bank, ...]
+    projections: tuple[Projection, ...]
+
+    def features(self, projection: Projection) -> int:
+        """How many features a projection has."""
+        return next(bank.features for bank in self.banks if bank.key == projection.bank)
+
+
+@dataclass(frozen=True)
 class Story:
     """One run folder. `run` is the prefix of its rows; "" where they have none."""
 
@@ -58,3 +103,4 @@ class Story:
     search: Search | None = None
     curves: tuple[Curve, ...] = ()
     alignment: Alignment | None = None
+    diagnoses: tuple[Diagnosis, ...] = ()  # of its models that have Tversky projections

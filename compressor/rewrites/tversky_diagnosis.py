@@ -57,8 +57,8 @@ def diagnose(model: GPT2LMHeadModel, places: Mapping[Where, TverskyPlace], batch
                 measured[key] = tally.projection.measure(x[mask], tally.bank)
             tally.update(measured[key])
 
-    tokens, head = 0, (None, "lm_head") in places
-    stop = model.config.n_layer if head else 1 + max(layer for layer, _ in places if layer is not None)
+    tokens, heads = 0, [where for where in places if where[0] is None]
+    stop = model.config.n_layer if heads else 1 + max(layer for layer, _ in places if layer is not None)
     with gpt2.evaluating(model), ExitStack() as hooks:
         for module, wheres in called.items():
             hook = module.register_forward_pre_hook(lambda _, inputs, wheres=wheres: take(wheres, inputs[0]))
@@ -66,8 +66,8 @@ def diagnose(model: GPT2LMHeadModel, places: Mapping[Where, TverskyPlace], batch
         for ids, real in batches:
             mask, tokens = real.to(gpt2.device(model)), tokens + int(real.sum())
             hidden = gpt2.run_blocks(model, gpt2.embed(model, ids.to(mask.device)), 0, stop)
-            if head:
-                take([(None, "lm_head")], gpt2.final_norm(model, hidden))
+            if heads:
+                take(heads, gpt2.final_norm(model, hidden))
     banks: dict[str, list[_Tally]] = {}
     for where, place in places.items():
         banks.setdefault(place.key, []).append(tallies[where])

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from .. import models, run_folder, verify
 from ..errors import UserError
-from ..report.story import Alignment, Curve, Pair, Story
+from ..report.story import Alignment, Curve, Diagnosis, Pair, Story
+from ..report.tversky import diagnosis
 from ..session import Notice
 from .search import told
 
@@ -35,6 +36,7 @@ def _story(run: Path, prefix: str, notice: Notice) -> Story:
         search=read(told, None),
         curves=read(_curves, ()),
         alignment=read(_alignment, None),
+        diagnoses=read(_diagnoses, ()),
     )
 
 
@@ -66,6 +68,16 @@ def _curve(step: str, made: dict[str, Any], folder: Path) -> Curve:
         raise UserError(
             f"{folder / verify.REPORT} is damaged ({error!r}); make it anew with `gpt2-compress finetune --force`"
         ) from error
+
+
+def _diagnoses(run: Path) -> tuple[Diagnosis, ...]:
+    there = run_folder.steps(run)
+    found = (
+        diagnosis(run_folder.made(models.find(str(there[step]))) or {}, step, str(there[step] / verify.REPORT))
+        for step in ("rewritten", "recovered")
+        if step in there
+    )
+    return tuple(item for item in found if item is not None)
 
 
 def _alignment(run: Path) -> Alignment | None:
