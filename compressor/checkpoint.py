@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import safetensors
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
-from transformers.activations import ACT2FN
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from . import demo
+from .checkpoint_config import read_config
 from .errors import UserError
 from .modeling import GPT2CompressedConfig, GPT2CompressedLMHeadModel
+from .modeling.tversky import FORM
+from .modeling.tversky_layers import tversky_places
 
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 ALLOWED = "a save_pretrained folder, a run folder, a hub name, demo"
@@ -30,11 +28,9 @@ _OTHER_TENSORS = re.compile(
 )
 _PREFIX = GPT2LMHeadModel.base_model_prefix + "."
 ((_HEAD, _EMBEDDING),) = GPT2LMHeadModel._tied_weights_keys.items()
+_FEATURES = re.compile(r"(\.feature_bank\.)([^.]+)\.")
 _INDEX = "model.safetensors.index.json"
 _HUB_FILES = ["*.json", "model.safetensors", "model-*.safetensors", "merges.txt", "*.py"]
-
-# Far beyond any GPT-2: what a damaged config may say must not be built.
-_LARGEST = {"n_layer": 1000, **dict.fromkeys(("n_head", "n_embd", "n_positions", "vocab_size", "n_inner"), 1 << 22)}
 
 Header = dict[str, tuple[tuple[int, ...], str]]  # tensor name -> (shape, dtype as safetensors spells it)
 
@@ -89,14 +85,29 @@ def build(config: GPT2Config) -> GPT2LMHeadModel:
 
 
 def structure_hash(config: GPT2Config) -> str:
-    """The same for two models exactly when they hold the same tensors, shared by the same layers."""
-    shapes = sorted((key, list(tensor.shape)) for key, tensor in build(config).state_dict().items())
-    return hashlib.sha256(json.dumps([shapes, shared_layers(config)]).encode()).hexdigest()[:12]
+    """The same for two models exactly when they hold the same tensors, shared by the same layers and compared in the
+    same form; how banks of features are called is no matter."""
+    places = dict(sorted(tversky_places(config).items(), key=str))
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(place.key for place in places.values()))}
+
+    def named(key: str) -> str:
+        return _FEATURES.sub(lambda found: f"{found[1]}{numbers[found[2]]}.", key)
+
+    shapes = sorted((named(key), list(tensor.shape)) for key, tensor in build(config).state_dict().items())
+    uses = [
+        [layer, target, numbers[place.key], *(place.entry[name] for name in FORM)]
+        for (layer, target), place in places.items()
+    ]
+    return hashlib.sha256(json.dumps([shapes, shared_layers(config), uses]).encode()).hexdigest()[:12]
 
 
 def shared_layers(config: GPT2Config) -> list[list[int]]:
-    """The layers of each group that shares an FFN."""
-    return [entry["layers"] for entry in getattr(config, "ffn_groups", None) or []]
+    """The layers of each group that shares an FFN, then those of each bank of features."""
+    banks: dict[str, list[int]] = {}
+    for (layer, _), place in tversky_places(config).items():
+        banks.setdefault(place.key, []).extend([] if layer is None else [layer])
+    ffns = [entry["layers"] for entry in getattr(config, "ffn_groups", None) or []]
+    return [*ffns, *(sorted(set(layers)) for layers in banks.values())]
 
 
 # ---------------------------------------------------------------- where
@@ -130,87 +141,6 @@ def locate(name: str) -> Path:
             f"{name} is no local folder and could not be had from the hub ({type(error).__name__}: "
             f"{reason}); give a folder, or check the name, the network and HF_HUB_OFFLINE"
         ) from error
-
-
-# ---------------------------------------------------------------- config.json
-
-
-def read_config(name: str, folder: Path) -> GPT2Config:
-    """The configuration of a GPT-2 checkpoint. Raises UserError for anything else."""
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: config.json cannot be read ({error})") from error
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in (GPT2Config.model_type, GPT2CompressedConfig.model_type):
-        raise UserError(f"{name} is not a GPT-2: its model_type is {kind!r}; allowed: 'gpt2', 'gpt2_compressed'")
-    check_keys(f"{name}: config.json", raw)
-    if raw.get("add_cross_attention"):
-        raise UserError(f"{name} has cross-attention; only decoder-only GPT-2 language models can be compressed")
-    if raw.get("quantization_config"):
-        raise UserError(f"{name} is quantised; give the float checkpoint that it was made from")
-    if raw.get("per_layer_config"):
-        raise UserError(f"{name} has a per_layer_config; only a GPT-2 whose layers are all alike can be compressed")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, LookupError, AttributeError, OSError, StrictDataclassError) as error:
-        raise UserError(
-            f"{name}: config.json is not a valid GPT-2 configuration ({' '.join(str(error).split())})"
-        ) from error
-    check_config(f"{name}: config.json", config)
-    return config
-
-
-def check_keys(where: str, keys: Collection[str]) -> None:
-    """Raises UserError for a misspelt key: transformers accepts it silently and builds another model than is meant."""
-    known = set(GPT2CompressedConfig().to_dict()) | set(GPT2Config.attribute_map)
-    for key in keys:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
-        if key not in known and close and close[0] not in keys:
-            raise UserError(f"{where} has {key!r}, which GPT-2 does not know (did you mean {close[0]!r}?)")
-
-
-def check_config(where: str, config: GPT2Config) -> None:
-    """Raises UserError for values of which no GPT-2 can be made."""
-    for key, most in _LARGEST.items():
-        value = getattr(config, key)
-        if value is not None and not 1 <= value <= most:
-            raise UserError(f"{where} has {key} {value}; allowed: 1 to {most}")
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if not 0 <= getattr(config, key) <= 1:
-            raise UserError(f"{where} has {key} {getattr(config, key)}; allowed: 0 to 1")
-    if config.n_embd % config.n_head:
-        raise UserError(f"{where} has n_embd {config.n_embd}, which n_head {config.n_head} does not divide")
-    if config.activation_function not in ACT2FN:
-        raise UserError(f"{where} has the unknown activation_function {config.activation_function!r}")
-    records = getattr(config, "compression", None) or []
-    if not isinstance(records, list) or not all(
-        isinstance(record, dict) and isinstance(record.get("rewrite"), str) for record in records
-    ):
-        raise UserError(f"{where} has compression {records!r}; allowed: a list of rewrites")
-    if isinstance(config, GPT2CompressedConfig):
-        for index, entry in enumerate(config.ffn_groups or []):
-            if not _is_group(entry, config.n_layer):
-                raise UserError(
-                    f"{where} has {entry!r} as entry {index} of ffn_groups; allowed: layers within "
-                    f"0 to {config.n_layer - 1}, start, rank from 0, bias per_layer or shared"
-                )
-        shared = [layer for entry in config.ffn_groups or [] for layer in entry["layers"]]
-        if len(shared) != len(set(shared)):
-            raise UserError(f"{where} has a layer twice in ffn_groups")
-
-
-def _is_group(entry: Any, n_layer: int) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(layers := entry.get("layers"), list)
-        and bool(layers)
-        and all(type(layer) is int and 0 <= layer < n_layer for layer in layers)
-        and type(entry.get("start")) is int
-        and type(rank := entry.get("rank")) is int
-        and rank >= 0
-        and entry.get("bias") in ("per_layer", "shared")
-    )
 
 
 # ---------------------------------------------------------------- weights

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import GPT2Config, PreTrainedModel
 
 from . import fields, gpt2
-from .checkpoint import check_config, check_keys
+from .checkpoint_config import check_config, check_keys
 from .errors import UserError, unknown
 from .metrics.size import parameters
 from .modeling import GPT2CompressedConfig, GPT2CompressedLMHeadModel

@@ -145,7 +145,9 @@ def receiver_at(model: Any, layer: int, target: str) -> nn.Module:
 
 # ---------------------------------------------------------------- from the config
 
-TARGETS = ("q", "k", "v", "attn_out", "c_fc", "mlp_out", "mlp_block", "lm_head")
+FFN_TARGETS = ("c_fc", "mlp_out", "mlp_block")
+HEAD_TARGET = "lm_head"
+TARGETS = ("q", "k", "v", "attn_out", *FFN_TARGETS, HEAD_TARGET)
 
 
 class TverskyPlace:
