@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -465,14 +466,17 @@ def test_what_is_kept_goes_when_a_parameter_changes(change):
 
 
 def test_what_is_kept_goes_when_another_tensor_comes_to_lie_at_the_address():
-    projection, x = _projection(width_out=50), _x(3, 5)
+    projection, x = _projection(width_out=400), _x(3, 5)
     with torch.no_grad():
-        for number in range(8):
-            projection.prototypes = None  # which gives the memory free for the next one
-            projection.prototypes = nn.Parameter(torch.full((50, 5), 1.0 + number, dtype=torch.float64))
-            assert torch.allclose(projection(x), naive(projection, x))
-            projection.prototypes.data = torch.full((50, 5), 0.5 + number, dtype=torch.float64)
-            assert torch.allclose(projection(x), naive(projection, x))
+        for number in range(50):
+            projection.prototypes = None  # gives the memory free for the next one
+            projection.prototypes = nn.Parameter(torch.full((400, 5), 1.0 + number, dtype=torch.float64))
+            u = projection.prototypes @ projection.bank.weight.T
+            z, bank = projection.measure(x, projection.bank), projection.bank
+            common, first, second = projection.terms(z, u)
+            theta, alpha, beta = projection.scalars()
+            expected = theta * common - alpha * first - beta * second + projection.bias
+            assert torch.allclose(projection.compare(z, bank), expected)
 
 
 def test_what_is_kept_under_one_dtype_does_not_serve_another():
@@ -505,8 +509,10 @@ def test_what_is_kept_goes_with_a_change_of_dtype_and_of_the_callers_prototypes(
 
 def test_a_copy_is_independent():
     projection, x = _projection(), _x(3, 5)
+    size = len(pickle.dumps(projection))
     with torch.no_grad():
         first = projection(x)
+        assert len(pickle.dumps(projection)) == size  # what is kept does not travel
         twin = copy.deepcopy(projection)
         for parameter in projection.parameters():
             parameter.zero_()
