@@ -416,6 +416,7 @@ REFUSED = [
     ({"layers": 1}, "layers is 1; allowed: a list"),
     ({"form": "ratio", "init": "lsq"}, "form=ratio needs non_negative=true"),
     ({"form": "ratio", "init": "lsq", "non_negative": True, "offset": 0}, "an offset above 0"),
+    ({"form": "ratio", "intersection": "softmin", "non_negative": True, "init": "lsq"}, "divides by numbers about 0"),
     ({"non_negative": True, "alpha": -0.5, "init": "lsq"}, "theta, alpha, beta = (1.0, -0.5, 0.5); allowed: 0 or more"),
     ({"normalize": True, "init": "lsq"}, "normalize needs prototypes=explicit"),
     ({"targets": ["lm_head"], "intersection": "min", "init": "lsq"}, "lm_head takes form=contrast of matrix products"),

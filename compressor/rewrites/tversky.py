@@ -118,6 +118,11 @@ class Tversky(Rewrite):
     def _check_form(self) -> None:
         if self.form == "ratio" and not (self.non_negative and self.offset > 0):
             raise UserError("tversky: form=ratio needs non_negative=true and an offset above 0; it divides by them")
+        if self.form == "ratio" and self.intersection == "softmin":
+            raise UserError(
+                "tversky: form=ratio with intersection=softmin, whose sums may be below 0, divides by numbers about 0; "
+                "allowed: product, min, max, mean, gmean"
+            )
         if self.non_negative and min(self.strengths) < 0:
             raise UserError(
                 f"tversky: non_negative=true with theta, alpha, beta = {self.strengths}; allowed: 0 or more"
