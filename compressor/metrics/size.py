@@ -108,23 +108,24 @@ def _tversky_flops(config: GPT2Config) -> int:
 
 
 def _operations(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Matrix products of a form, and its other operations, for each prototype and feature of the bank."""
+    """Matrix products of a form (one for each function of the measured features), and its other operations for each
+    prototype and feature of the bank."""
     intersection, difference, ratio = entry["intersection"], entry["difference"], entry["form"] == "ratio"
     signs = (1, -1) if entry["antipodal"] else (1,)
     kinds = {"product": ["salience"], "gmean": ["root"], "mean": ["salience", "has"], "max": ["salience", "has"]}
     common = {(kind, sign) for sign in signs for kind in kinds.get(intersection, [])}
-    factors = set(common)  # functions of the measured features that enter a product
+    apart = set()
     if difference == "product":
-        factors |= {("salience", 1), ("salience", -1)}
+        apart = {("salience", 1), ("salience", -1)}
     elif difference == "ignorematch":
-        factors |= {(kind, sign) for sign in signs for kind in ("salience", "has")}
-    products = len(factors)
+        apart = {(kind, sign) for sign in signs for kind in ("salience", "has")}
+    products = len(common) + len(apart) if ratio else len(common | apart)  # a ratio keeps them apart
     linear = not entry["learn_scalars"] and entry["theta"] == entry["alpha"] + entry["beta"]
     if entry["antipodal"] and intersection == difference == "product" and linear and not ratio:
         products = 1
     others = 3 if intersection in ("min", "max") or difference == "subtractmatch" else 0
     others += 8 * len(signs) if intersection == "softmin" else 0
-    return products + (len(common) if ratio else 0), others  # a ratio has its numerator besides
+    return products, others
 
 
 def measure(

@@ -177,7 +177,11 @@ class TverskyProjection(nn.Module):
         """f(X and P), f(X - P), f(P - X), float[tokens, width_out] each, of z float[tokens, features] and of u
         float[width_out, features]."""
         common = self._common(z, u) if self._needs_common else None
-        several = [self._factors(u, 1.0, None, None), self._factors(u, 0.0, 1.0, 0.0), self._factors(u, 0.0, 0.0, 1.0)]
+        several = [
+            self._factors(u, 1.0, None, None),
+            self._factors(u, None, 1.0, 0.0),
+            self._factors(u, None, 0.0, 1.0),
+        ]
         first, second, third = (factors.of(z, common) for factors in several)
         return first, second, third
 
@@ -217,9 +221,10 @@ class TverskyProjection(nn.Module):
         common = self._common(z, prepared.u) if self._needs_common else None
         if prepared.part is None:
             return prepared.whole.of(z, common)
-        shared, all_of_it = prepared.part.of(z, common), prepared.whole.of(z, common)
+        shared, apart = prepared.part.of(z, common), prepared.whole.of(z, common)
         wide = torch.promote_types(shared.dtype, torch.float32)  # an offset may be small
-        return (shared.to(wide) / (all_of_it.to(wide) + self.offset)).to(shared.dtype)
+        above = shared.to(wide)
+        return (above / (above + apart.to(wide) + self.offset)).to(shared.dtype)
 
     # ------------------------------------------------------------ what does not depend on x
 
@@ -244,7 +249,7 @@ class TverskyProjection(nn.Module):
         if self.form == "contrast":
             whole, part = self._factors(u, theta, -alpha, -beta), None
         else:
-            whole, part = self._factors(u, theta, alpha, beta), self._factors(u, theta, None, None)
+            whole, part = self._factors(u, None, alpha, beta), self._factors(u, theta, None, None)
         return _Prepared(u, whole, part)
 
     @property
@@ -253,9 +258,9 @@ class TverskyProjection(nn.Module):
 
     def _factors(self, u: Tensor, theta: Any, alpha: Any, beta: Any) -> _Factors:
         """theta f(X and P) + alpha f(X - P) + beta f(P - X) as products of functions of z with functions of u; without
-        the differences where alpha and beta are None."""
-        result, both = _Factors(), self.antipodal
-        if both and self.intersection == self.difference == "product" and alpha is not None:
+        the intersection where theta is None, the differences where alpha and beta are."""
+        result, both, whole = _Factors(), self.antipodal, theta is not None and alpha is not None
+        if both and self.intersection == self.difference == "product" and whole:
             opposite = alpha + beta  # z+u+ + z-u- = (zu + |z||u|) / 2, z+u- + z-u+ = (|z||u| - zu) / 2
             result.add("signed", u * ((theta - opposite) / 2))
             bent = (theta + opposite) / 2
@@ -267,7 +272,9 @@ class TverskyProjection(nn.Module):
             other = "-" if sign == "+" else "+"
             here, there = (u, -u) if sign == "+" else (-u, u)
             present = (here > 0).to(u.dtype)
-            if self.intersection == "product":
+            if theta is None:
+                pass
+            elif self.intersection == "product":
                 result.add(f"relu{sign}", here.relu() * theta)
             elif self.intersection == "gmean":
                 result.add(f"root{sign}", _root(here) * theta)
@@ -287,7 +294,9 @@ class TverskyProjection(nn.Module):
             else:
                 result.add_sum(sign, alpha)
                 result.add_constant((here.relu() * beta).sum(-1))
-        if self.intersection == "softmin":
+        if theta is None:
+            pass
+        elif self.intersection == "softmin":
             result.softmin, result.u, result.halves = theta, u, (1.0, -1.0) if both else (1.0,)
         elif self.intersection == "min":
             result.common = theta
@@ -301,9 +310,8 @@ class TverskyProjection(nn.Module):
     def _common(self, z: Tensor, u: Tensor) -> Tensor:
         """The sum over the features of min(z+, u+), with an antipodal bank of min(z-, u-) too: float[tokens, out]."""
         a, p = (z, u) if self.antipodal else (z.relu(), u.relu())  # antipodal: |z| and |u| count where signs agree
-        a, p = (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in (a, p))
-        whole = a.abs().sum(-1)[:, None] + p.abs().sum(-1)
-        return ((whole - torch.cdist(a, p, p=1)) / 2).clamp_min(0).to(z.dtype)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        return _minima(a.to(wide), p.to(wide)).to(z.dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept = None
@@ -317,8 +325,8 @@ class _Prepared(NamedTuple):
     """What a projection makes of its prototypes, features and scalars."""
 
     u: Tensor  # [out, features]
-    whole: _Factors  # the contrast, or what a ratio divides by
-    part: _Factors | None  # what it divides
+    whole: _Factors  # the contrast, or the differences of a ratio
+    part: _Factors | None  # the intersection of a ratio
 
 
 class _Factors:
@@ -379,25 +387,57 @@ _LEFT = {
 }
 
 
+def _minima(a: Tensor, p: Tensor) -> Tensor:
+    """The sum over the features of min(a, p), of those that agree in sign min(|a|, |p|): float[tokens, out]."""
+    whole = a.abs().sum(-1)[:, None] + p.abs().sum(-1)
+    return ((whole - torch.cdist(a, p, p=1)) / 2).clamp_min(0)
+
+
+_TILE = 1 << 16  # similarities that are worked on at once: they stay in the cache
+_FACTORS = 64  # of at least a half each, multiplied before a logarithm is taken
+
+
 class _SoftMin(torch.autograd.Function):
-    """The sum of -log(e^-z + e^-u) over the features that both have, one feature after the other: [tokens, out]."""
+    """The sum of -log(e^-z + e^-u) over the features that both have: [tokens, out].
+
+    Each is min(z, u) + log sigmoid|z - u|, and the logarithms are those of products of sigmoids, feature after feature.
+    What a token or a prototype lacks is infinitely far away.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, u: Tensor) -> Tensor:
         ctx.save_for_backward(z, u)
-        total = z.new_zeros(len(z), len(u), dtype=torch.promote_types(z.dtype, torch.float32))
-        for a, p in zip(z.to(total.dtype).T, u.to(total.dtype).T, strict=True):
-            soft = -torch.logaddexp(-a[:, None], -p)
-            total += soft * (a > 0)[:, None] * (p > 0)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        total = _minima(z.relu().to(wide), u.relu().to(wide))
+        far, near = _far_apart(z, u)
+        rows = max(1, _TILE // len(u))
+        for a, part in zip(far.split(rows, 1), total.split(rows), strict=True):
+            apart, factor = torch.empty_like(part), torch.ones_like(part)
+            for k, p in enumerate(near, 1):
+                factor *= torch.sub(a[k - 1][:, None], p, out=apart).abs_().sigmoid_()
+                if k % _FACTORS == 0 or k == len(near):
+                    part += factor.log_()
+                    factor.fill_(1)
         return total.to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,), (z, u) = grads, ctx.saved_tensors
-        to_z, to_u = torch.zeros_like(z), torch.zeros_like(u)
-        for k, (a, p) in enumerate(zip(z.T, u.T, strict=True)):
-            flow = grad * ((a > 0)[:, None] & (p > 0))
-            share = torch.sigmoid(p - a[:, None])  # e^-a / (e^-a + e^-p)
-            to_z[:, k] = (flow * share).sum(1)
-            to_u[:, k] = (flow * (1 - share)).sum(0)
-        return to_z, to_u
+        far, near = _far_apart(z, u)
+        flow = grad.to(far.dtype)
+        to_z, to_u = (flow @ (u > 0).to(flow.dtype)).T.contiguous(), torch.zeros_like(near)
+        rows = max(1, _TILE // len(u))
+        for a, part, share in zip(far.split(rows, 1), flow.split(rows), to_z.split(rows, 1), strict=True):
+            apart = torch.empty_like(part)
+            for k, p in enumerate(near):  # sigmoid(z - u) = e^-u / (e^-z + e^-u), of what flows to u
+                torch.sub(a[k][:, None], p, out=apart).sigmoid_().mul_(part)
+                share[k] -= apart.sum(1)
+                to_u[k] += apart.sum(0)
+        return (to_z.T * (z > 0)).to(z.dtype), to_u.T.to(u.dtype)
+
+
+def _far_apart(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """z and u by feature, [features, tokens] and [features, out], -infinite and infinite where they are not above 0."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    far, near = z.to(wide).where(z > 0, -math.inf), u.to(wide).where(u > 0, math.inf)
+    return far.T.contiguous(), near.T.contiguous()
