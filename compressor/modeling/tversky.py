@@ -166,7 +166,7 @@ class TverskyProjection(nn.Module):
         if self.scale is not None:
             y = y * self.scale
         if self.bias is not None:
-            y = y + self.bias
+            y = _plus(y, self.bias)
         return y.view(*z.shape[:-1], self.width_out)
 
     def similarities(self, z: Tensor, bank: FeatureBank, prototypes: Tensor | None = None) -> Tensor:
@@ -367,7 +367,12 @@ class _Factors:
         assert total is not None
         for sign, strength in self.sums.items():
             total = total + _LEFT[f"relu{sign}"](z).sum(-1, keepdim=True) * strength
-        return total if self.constant is None else total + self.constant
+        return total if self.constant is None else _plus(total, self.constant)
+
+
+def _plus(total: Tensor, row: Tensor) -> Tensor:
+    """Their sum, in the place of a total of the same dtype: one tensor of tokens x prototypes less."""
+    return total.add_(row) if total.dtype == row.dtype else total + row
 
 
 def _root(x: Tensor) -> Tensor:
