@@ -166,11 +166,13 @@ NAMES = {"c_fc", "c_proj", "c_attn", "ln_1", "ln_2", "ln_f", "wte", "wpe", "mlp"
 SPELLED = {
     "gpt2": NAMES,
     "checkpoint": {"attn"},  # buffers of old checkpoints that are not this package's
-    "capture": {"c_fc", "c_proj"},  # where the hooks sit
+    "capture": {"c_fc", "c_proj", "c_attn"},  # where the hooks sit
     "rewrites.base": {"h", "ln_1", "ln_2", "mlp", "attn"},  # sites are GPT-2's own paths
     "rewrites.compressed_n": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "ln_1", "ln_2"},  # combines whole blocks
     "rewrites.merged_n": {"c_fc", "c_proj"},  # both linears in turn
     "rewrites.soft_shared": {"c_fc", "c_proj"},
+    "rewrites.tversky": {"c_fc", "lm_head", "h"},  # a recipe's words for what projections stand for
+    "rewrites.tversky_fit": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "lm_head"},  # those words and the leaves
     "tversky_gpt": {"c_fc", "lm_head"},  # a recipe's words for what projections stand for
 }
 

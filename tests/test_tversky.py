@@ -423,6 +423,10 @@ REFUSED = [
     ({"targets": ["lm_head"], "difference": "subtractmatch", "init": "lsq"}, "lm_head takes form=contrast"),
     ({"targets": ["mlp_block"]}, "mlp_block needs antipodal=false and init=lsq or random"),
     ({"targets": ["mlp_block"], "init": "lsq"}, "mlp_block needs antipodal=false"),
+    (
+        {"targets": ["mlp_block"], "init": "lsq", "antipodal": False, "learn_scalars": False},
+        "fitted for products with alpha = theta above 0 and beta = 0; given theta, alpha, beta = (1.0, 0.5, 0.5)",
+    ),
     ({"antipodal": False}, "init=exact needs antipodal=true"),
     ({"difference": "ignorematch"}, "init=exact needs antipodal=true"),
     ({"alpha": 0.6}, "theta = alpha + beta"),

@@ -67,7 +67,7 @@ def _bank(model):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("prototypes", ["features", "explicit"])
 def test_prototypes_are_the_ridge_regression_of_the_outputs(original, alignment, text, prototypes, bias):
-    fixed = {"learn_scalars": False, "alpha": 1.0, "beta": 0.0}  # as they are when the prototypes are fitted
+    fixed = {"learn_scalars": False, "theta": 2.0, "alpha": 2.0, "beta": 0.0}  # as when the prototypes are fitted
     model = _block(original, alignment, text, prototypes=prototypes, bias=bias, **fixed)
     bank = _bank(model)
     for layer, (x, y) in enumerate(_pairs(original, text)):

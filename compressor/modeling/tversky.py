@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .tversky_factors import LEFT, Factors, minima, plus, root
+
 FORMS = ("contrast", "ratio")
 INTERSECTIONS = ("product", "min", "max", "mean", "gmean", "softmin")
 DIFFERENCES = ("product", "ignorematch", "subtractmatch")
@@ -166,7 +168,7 @@ class TverskyProjection(nn.Module):
         if self.scale is not None:
             y = y * self.scale
         if self.bias is not None:
-            y = _plus(y, self.bias)
+            y = plus(y, self.bias)
         return y.view(*z.shape[:-1], self.width_out)
 
     def similarities(self, z: Tensor, bank: FeatureBank, prototypes: Tensor | None = None) -> Tensor:
@@ -191,7 +193,7 @@ class TverskyProjection(nn.Module):
             raise ValueError(f"{self.form} of {self.intersection} and {self.difference} is no sum of matrix products")
         factors = self._prepared(bank, prototypes).whole
         names = list(factors.right)
-        left = [_LEFT[name](z) for name in names]
+        left = [LEFT[name](z) for name in names]
         right = [factors.right[name] for name in names]
         if factors.constant is not None:
             left, right = [*left, torch.ones_like(z[..., :1])], [*right, factors.constant[:, None]]
@@ -256,10 +258,10 @@ class TverskyProjection(nn.Module):
     def _needs_common(self) -> bool:
         return self.intersection in ("min", "max") or self.difference == "subtractmatch"
 
-    def _factors(self, u: Tensor, theta: Any, alpha: Any, beta: Any) -> _Factors:
+    def _factors(self, u: Tensor, theta: Any, alpha: Any, beta: Any) -> Factors:
         """theta f(X and P) + alpha f(X - P) + beta f(P - X) as products of functions of z with functions of u; without
         the intersection where theta is None, the differences where alpha and beta are."""
-        result, both, whole = _Factors(), self.antipodal, theta is not None and alpha is not None
+        result, both, whole = Factors(), self.antipodal, theta is not None and alpha is not None
         if both and self.intersection == self.difference == "product" and whole:
             opposite = alpha + beta  # z+u+ + z-u- = (zu + |z||u|) / 2, z+u- + z-u+ = (|z||u| - zu) / 2
             result.add("signed", u * ((theta - opposite) / 2))
@@ -277,7 +279,7 @@ class TverskyProjection(nn.Module):
             elif self.intersection == "product":
                 result.add(f"relu{sign}", here.relu() * theta)
             elif self.intersection == "gmean":
-                result.add(f"root{sign}", _root(here) * theta)
+                result.add(f"root{sign}", root(here) * theta)
             elif self.intersection in ("mean", "max"):
                 part = theta / 2 if self.intersection == "mean" else theta
                 result.add(f"relu{sign}", present * part)
@@ -311,7 +313,7 @@ class TverskyProjection(nn.Module):
         """The sum over the features of min(z+, u+), with an antipodal bank of min(z-, u-) too: float[tokens, out]."""
         a, p = (z, u) if self.antipodal else (z.relu(), u.relu())  # antipodal: |z| and |u| count where signs agree
         wide = torch.promote_types(z.dtype, torch.float32)
-        return _minima(a.to(wide), p.to(wide)).to(z.dtype)
+        return minima(a.to(wide), p.to(wide)).to(z.dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept = None
@@ -325,124 +327,5 @@ class _Prepared(NamedTuple):
     """What a projection makes of its prototypes, features and scalars."""
 
     u: Tensor  # [out, features]
-    whole: _Factors  # the contrast, or the differences of a ratio
-    part: _Factors | None  # the intersection of a ratio
-
-
-class _Factors:
-    """A sum of products left(z) @ right.T and what is added to it."""
-
-    def __init__(self) -> None:
-        self.right: dict[str, Tensor] = {}  # the function of z -> [out, features]
-        self.sums: dict[str, Any] = {}  # the sign -> what the sum of relu(sign z) is multiplied by
-        self.constant: Tensor | None = None  # [out]
-        self.common: Any = None  # what the sum of minima is multiplied by
-        self.softmin: Any = None  # what the sum of soft minima is multiplied by
-        self.halves: tuple[float, ...] = ()  # the signs that features count with
-        self.u: Tensor | None = None  # [out, features]
-
-    def add(self, left: str, right: Tensor) -> None:
-        self.right[left] = right if left not in self.right else self.right[left] + right
-
-    def add_constant(self, row: Tensor) -> None:
-        self.constant = row if self.constant is None else self.constant + row
-
-    def add_sum(self, sign: str, strength: Any) -> None:
-        self.sums[sign] = strength
-
-    def of(self, z: Tensor, common: Tensor | None) -> Tensor:  # float[tokens, features] -> float[tokens, out]
-        total: Tensor | None = None
-        for name, right in self.right.items():
-            left = _LEFT[name](z)
-            total = left @ right.T if total is None else torch.addmm(total, left, right.T)
-        if self.common is not None:
-            assert common is not None
-            term = common * self.common
-            total = term if total is None else total + term
-        if self.softmin is not None:
-            assert self.u is not None
-            for half in self.halves:
-                term = _SoftMin.apply(z * half, self.u * half) * self.softmin
-                total = term if total is None else total + term
-        assert total is not None
-        for sign, strength in self.sums.items():
-            total = total + _LEFT[f"relu{sign}"](z).sum(-1, keepdim=True) * strength
-        return total if self.constant is None else _plus(total, self.constant)
-
-
-def _plus(total: Tensor, row: Tensor) -> Tensor:
-    """Their sum, in the place of a total of the same dtype: one tensor of tokens x prototypes less."""
-    return total.add_(row) if total.dtype == row.dtype else total + row
-
-
-def _root(x: Tensor) -> Tensor:
-    """sqrt(x+), with a gradient that is finite at 0."""
-    return torch.where(x > 0, x.clamp_min(1e-12 if x.dtype != torch.float16 else 1e-7).sqrt(), 0)
-
-
-_LEFT = {
-    "signed": lambda z: z,
-    "size": torch.abs,
-    "relu+": torch.relu,
-    "relu-": lambda z: torch.relu(-z),
-    "has+": lambda z: (z > 0).to(z.dtype),
-    "has-": lambda z: (z < 0).to(z.dtype),
-    "root+": _root,
-    "root-": lambda z: _root(-z),
-}
-
-
-def _minima(a: Tensor, p: Tensor) -> Tensor:
-    """The sum over the features of min(a, p), of those that agree in sign min(|a|, |p|): float[tokens, out]."""
-    whole = a.abs().sum(-1)[:, None] + p.abs().sum(-1)
-    return ((whole - torch.cdist(a, p, p=1)) / 2).clamp_min(0)
-
-
-_TILE = 1 << 16  # similarities that are worked on at once: they stay in the cache
-_FACTORS = 64  # of at least a half each, multiplied before a logarithm is taken
-
-
-class _SoftMin(torch.autograd.Function):
-    """The sum of -log(e^-z + e^-u) over the features that both have: [tokens, out].
-
-    Each is min(z, u) + log sigmoid|z - u|, and the logarithms are those of products of sigmoids, feature after feature.
-    What a token or a prototype lacks is infinitely far away.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, u: Tensor) -> Tensor:
-        ctx.save_for_backward(z, u)
-        wide = torch.promote_types(z.dtype, torch.float32)
-        total = _minima(z.relu().to(wide), u.relu().to(wide))
-        far, near = _far_apart(z, u)
-        rows = max(1, _TILE // len(u))
-        for a, part in zip(far.split(rows, 1), total.split(rows), strict=True):
-            apart, factor = torch.empty_like(part), torch.ones_like(part)
-            for k, p in enumerate(near, 1):
-                factor *= torch.sub(a[k - 1][:, None], p, out=apart).abs_().sigmoid_()
-                if k % _FACTORS == 0 or k == len(near):
-                    part += factor.log_()
-                    factor.fill_(1)
-        return total.to(z.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,), (z, u) = grads, ctx.saved_tensors
-        far, near = _far_apart(z, u)
-        flow = grad.to(far.dtype)
-        to_z, to_u = (flow @ (u > 0).to(flow.dtype)).T.contiguous(), torch.zeros_like(near)
-        rows = max(1, _TILE // len(u))
-        for a, part, share in zip(far.split(rows, 1), flow.split(rows), to_z.split(rows, 1), strict=True):
-            apart = torch.empty_like(part)
-            for k, p in enumerate(near):  # sigmoid(z - u) = e^-u / (e^-z + e^-u), of what flows to u
-                torch.sub(a[k][:, None], p, out=apart).sigmoid_().mul_(part)
-                share[k] -= apart.sum(1)
-                to_u[k] += apart.sum(0)
-        return (to_z.T * (z > 0)).to(z.dtype), to_u.T.to(u.dtype)
-
-
-def _far_apart(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """z and u by feature, [features, tokens] and [features, out], -infinite and infinite where they are not above 0."""
-    wide = torch.promote_types(z.dtype, torch.float32)
-    far, near = z.to(wide).where(z > 0, -math.inf), u.to(wide).where(u > 0, math.inf)
-    return far.T.contiguous(), near.T.contiguous()
+    whole: Factors  # the contrast, or the differences of a ratio
+    part: Factors | None  # the intersection of a ratio

@@ -136,6 +136,14 @@ class Tversky(Rewrite):
             )
         if "mlp_block" in self.targets and (self.antipodal or self.init == "exact"):
             raise UserError("tversky: mlp_block needs antipodal=false and init=lsq or random; no linear is replaced")
+        products = (self.intersection, self.difference) == ("product", "product")
+        if "mlp_block" in self.targets and self.init == "lsq" and not self.learn_scalars:
+            theta, alpha, beta = self.strengths
+            if not products or alpha != theta or beta != 0 or theta <= 0:
+                raise UserError(
+                    "tversky: mlp_block with init=lsq and learn_scalars=false is fitted for products with alpha = "
+                    f"theta above 0 and beta = 0; given theta, alpha, beta = {self.strengths}"
+                )
         if self.init == "exact" and not self.exact:
             raise UserError(
                 "tversky: init=exact needs antipodal=true, form=contrast, intersection=product, difference=product, "

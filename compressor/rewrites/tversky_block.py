@@ -78,6 +78,7 @@ def fill_block(fit: Fit, where: Where, features: Tensor) -> None:
     pull = cross.covariance() if projection.bias is not None else cross.second_moment()
     moment.diagonal().add_(RIDGE * moment.diagonal().mean().clamp_min(1e-300))
     weight = torch.linalg.solve(moment, pull)  # [width, d]
-    gpt2.put(projection, "prototypes", weight.T)
+    theta = 1.0 if fit.rewrite.learn_scalars else fit.rewrite.strengths[0]
+    gpt2.put(projection, "prototypes", weight.T / theta)
     if projection.bias is not None:
         gpt2.put(projection, "bias", cross.second_mean - own.mean @ weight)
