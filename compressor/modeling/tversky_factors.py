@@ -46,7 +46,7 @@ class Factors:
         if self.softmin is not None:
             assert self.u is not None
             for half in self.halves:
-                term = _SoftMin.apply(z * half, self.u * half) * self.softmin
+                term = SoftMin.apply(z * half, self.u * half) * self.softmin
                 total = term if total is None else total + term
         assert total is not None
         for sign, strength in self.sums.items():
@@ -89,7 +89,7 @@ _TILE = 1 << 16  # similarities that are worked on at once: they stay in the cac
 _FACTORS = 64  # of at least a half each, multiplied before a logarithm is taken
 
 
-class _SoftMin(torch.autograd.Function):
+class SoftMin(torch.autograd.Function):
     """The sum of -log(e^-z + e^-u) over the features that both have: [tokens, out].
 
     Each is min(z, u) + log sigmoid|z - u|, and the logarithms are those of products of sigmoids, feature after feature.

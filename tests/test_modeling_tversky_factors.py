@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.modeling import tversky
+from compressor.modeling import tversky_factors
 from compressor.modeling.tversky import TverskyProjection
 
 
@@ -28,10 +28,10 @@ def given(tokens, out, features, spread, dtype=torch.float64):
 @pytest.mark.parametrize("features", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 300.0])
 def test_against_the_formula(monkeypatch, tile, features, spread):
-    monkeypatch.setattr(tversky, "_TILE", tile)
+    monkeypatch.setattr(tversky_factors, "_TILE", tile)
     z, u = given(7, 5, features, spread)
     flow = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found, expected = tversky._SoftMin.apply(z, u), plain(z, u)
+    found, expected = tversky_factors.SoftMin.apply(z, u), plain(z, u)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * spread * features)
     for one, other in zip(
         torch.autograd.grad(found, (z, u), flow), torch.autograd.grad(expected, (z, u), flow), strict=True
@@ -42,7 +42,7 @@ def test_against_the_formula(monkeypatch, tile, features, spread):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(dtype):
     z, u = given(9, 6, 300, 2.0, dtype)
-    found = tversky._SoftMin.apply(z, u)
+    found = tversky_factors.SoftMin.apply(z, u)
     assert found.dtype == dtype
     expected = plain(z.double(), u.double())
     tolerance = 1e-6 if dtype == torch.float32 else 8e-3
@@ -53,8 +53,8 @@ def test_lower_precision(dtype):
 
 def test_a_ratio_goes_over_the_features_once(monkeypatch):
     calls = []
-    apply = tversky._SoftMin.apply
-    monkeypatch.setattr(tversky._SoftMin, "apply", lambda *given: calls.append(given) or apply(*given))
+    apply = tversky_factors.SoftMin.apply
+    monkeypatch.setattr(tversky_factors.SoftMin, "apply", lambda *given: calls.append(given) or apply(*given))
     settings = {"form": "ratio", "intersection": "softmin", "non_negative": True}
     projection = TverskyProjection(6, 4, 5, **settings)
     projection(torch.randn(3, 6))
