@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .report import tversky
-
 
 def _change(before: float, after: float) -> str:
     return f"{before:,} -> {after:,} ({after / before - 1:+.1%})"
@@ -77,6 +75,8 @@ def rewrite(folder: str, body: dict[str, Any]) -> str:
 
 def model(body: dict[str, Any]) -> str:
     """What a model is, as lines of text."""
+    from .report import tversky  # not with --help: it loads torch
+
     lines = [
         f"{key:16} {body[key]:,}" if isinstance(body[key], int) else f"{key:16} {body[key]}"
         for key in (
@@ -111,6 +111,8 @@ def model(body: dict[str, Any]) -> str:
 
 
 def _bank(bank: dict[str, Any]) -> str:
+    from .report import tversky  # not with --help: it loads torch
+
     layers: dict[str, list[int]] = {}
     for layer, target in bank["projections"]:
         layers.setdefault(target, []).extend([] if layer is None else [layer])
