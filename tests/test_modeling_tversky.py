@@ -479,6 +479,15 @@ def test_what_is_kept_goes_when_another_tensor_comes_to_lie_at_the_address():
             assert torch.allclose(projection.compare(z, bank), expected)
 
 
+def test_shapes_alone_and_graphs_need_no_number():
+    settings = {"antipodal": True, "theta": 1.0, "alpha": 0.5, "beta": 0.5}
+    projection, x = _projection(**settings), _x(3, 5)
+    with torch.no_grad():
+        exported = torch.export.export(projection, (x,)).module()
+        assert torch.allclose(exported(x), projection(x))
+        assert copy.deepcopy(projection).to("meta")(x.to("meta")).shape == (3, 4)
+
+
 def test_what_is_kept_under_one_dtype_does_not_serve_another():
     projection, x = _projection(width_in=64, features=64).float(), _x(3, 64).float()
 

@@ -255,6 +255,24 @@ def test_an_untied_head_keeps_its_own_weight(ids):
     assert _apart(folded, original, ids) <= 1e-4
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tokens", [3, -3])
+def test_a_head_takes_another_vocabulary(ids, tied, tokens, tmp_path):
+    original = toy_gpt2(n_layer=1, n_embd=16, n_head=2, tie_word_embeddings=tied)
+    rewrite = Tversky(targets=["lm_head"], scale=True)
+    model = apply([rewrite], original, toy_alignment(original), calibration=toy_blocks(original.config, rows=4))
+    ids, count = ids % (original.config.vocab_size - 3), original.config.vocab_size
+    before = _logits(model, ids)[..., : count - 3]
+    model.resize_token_embeddings(count + tokens)
+    after = _logits(model, ids)
+    assert after.shape[-1] == count + tokens and torch.allclose(after[..., : count - 3], before, atol=1e-5)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+    model.save_pretrained(tmp_path)
+    assert _apart(AutoModelForCausalLM.from_pretrained(tmp_path), model, ids) == 0
+    folded = rewrite.fold(model)
+    assert _apart(folded, model, ids) <= 1e-4
+
+
 # ---------------------------------------------------------------- back to plain GPT-2
 
 

@@ -236,7 +236,7 @@ class TverskyProjection(nn.Module):
             self._kept = None
             return self._prepare(bank, given)
         tensors = [*bank.parameters(), *self.parameters(), *([] if given is None else [given])]
-        if any(tensor.is_inference() for tensor in tensors):  # they do not say when they change
+        if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):  # they do not say when they change
             return self._prepare(bank, given)
         key = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors]
         kind = bank.weight.device.type
@@ -266,8 +266,10 @@ class TverskyProjection(nn.Module):
             opposite = alpha + beta  # z+u+ + z-u- = (zu + |z||u|) / 2, z+u- + z-u+ = (|z||u| - zu) / 2
             result.add("signed", u * ((theta - opposite) / 2))
             bent = (theta + opposite) / 2
-            learns = isinstance(bent, Tensor) and torch.is_grad_enabled()
-            if learns or bent != 0:  # 0: the similarity is linear
+            known = not isinstance(bent, Tensor) or not (  # else no graph may hang on its number
+                torch.is_grad_enabled() or torch.compiler.is_compiling() or bent.is_meta
+            )
+            if not known or bent != 0:  # 0: the similarity is linear
                 result.add("size", u.abs() * bent)
             return result
         for sign in ("+", "-") if both else ("+",):

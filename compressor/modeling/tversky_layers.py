@@ -119,6 +119,14 @@ class TverskyHead(nn.Module):
     def forward(self, hidden: Tensor, banks: nn.ModuleDict) -> Tensor:  # float[..., d] -> float[..., vocabulary]
         return self.projection(hidden, banks[self.key], self.weight)
 
+    def resize(self, weight: nn.Parameter) -> None:
+        """Take another weight [tokens, d]; the scale of a token that is new is 1."""
+        self.weight, self.projection.width_out = weight, len(weight)
+        if self.projection.scale is not None:
+            scale = self.projection.scale.detach()
+            more = scale.new_ones(max(0, len(weight) - len(scale)))
+            self.projection.scale = nn.Parameter(torch.cat([scale[: len(weight)], more]))
+
     def product(self, hidden: Tensor, banks: nn.ModuleDict) -> tuple[Tensor, Tensor]:
         """left [..., k], right [vocabulary, k]: the logits are left right^T, where the form is a sum of products."""
         bank = cast(FeatureBank, banks[self.key])
