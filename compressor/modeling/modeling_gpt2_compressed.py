@@ -131,13 +131,13 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
             self.lm_head = TverskyHead(config, head)
         self.post_init()
 
-    def _get_resized_lm_head(self, old_lm_head: nn.Module, *args, **kwargs) -> nn.Module:
+    def _get_resized_lm_head(self, old_lm_head: Any, *args, **kwargs) -> Any:
         """transformers resizes linears only; the other rows that this takes away or draws are the prototypes'."""
         if not isinstance(old_lm_head, TverskyHead):
             return super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.weight = old_lm_head.weight
-        old_lm_head.resize(super()._get_resized_lm_head(linear, *args, **kwargs).weight)
+        old_lm_head.resize(cast(nn.Parameter, super()._get_resized_lm_head(linear, *args, **kwargs).weight))
         return old_lm_head
 
     def logits(self, hidden: Tensor) -> Tensor:
