@@ -169,9 +169,10 @@ def _search(options: argparse.Namespace, overrides: list[str], notices: list[str
     from .recipe import Search
     from .rewrites import from_record
 
+    record = _rewrite_record(options, overrides, {"start": "best"})
     body = pipeline.search(
         options.run,
-        from_record(_rewrite_record(options, overrides, {"start": "best"})),
+        from_record({key: value for key, value in record.items() if key != "start"}),  # not every rewrite has one
         Search(
             strategy=options.strategy,
             count=options.count,

@@ -45,6 +45,8 @@ def stored(path):
         ("soft_shared n=9", "n 9 is out of range for a model of 6 layers; allowed: 1 to 6"),
         ("soft_shared start=2", "start is 'best' already"),
         ("soft_shared scope=tile", "soft_shared as given has no window to search for"),
+        ("tversky share=window n=2", "tversky as given has no window to search for"),
+        ("pruned sparsity=0.5", "pruned as given has no window to search for"),
         ("soft_shared --strategy best", "invalid choice: 'best'"),
         ("soft_shared --strategy random --count 9", "count 9 is out of range for 3 windows; allowed: 1 to 3"),
         ("soft_shared --count 0", "argument --count: '0'; allowed: whole numbers from 1"),
