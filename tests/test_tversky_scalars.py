@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import nnls
 from toy import toy_alignment, toy_blocks, toy_gpt2
 
+from compressor.rewrites import tversky_scalars
 from compressor.rewrites.compose import apply
 from compressor.rewrites.tversky import Tversky
 
@@ -178,3 +179,17 @@ def test_the_fit_explains_more_than_the_scalars_it_began_with(make, original, te
     fitted, scaled = explained(make(**fields)), explained(make(**fields, scale=True))
     assert 0.6 < fitted < scaled < 1
     assert explained(make(**fields, learn_scalars=False)) < fitted
+
+
+@pytest.mark.parametrize("fields", [{}, {"learn_scalars": False, "intersection": "mean"}])
+def test_tokens_are_taken_a_few_at_a_time(make, monkeypatch, fields):
+    fields = {"targets": ["lm_head"], "difference": "ignorematch", "scale": True, **fields}
+    whole, taken, update = make(**fields), [], tversky_scalars._Sums.update
+    monkeypatch.setattr(tversky_scalars, "_AT_ONCE", 3 * whole.config.vocab_size)
+    monkeypatch.setattr(
+        tversky_scalars._Sums, "update", lambda own, columns, y: taken.append(len(y)) or update(own, columns, y)
+    )
+    parts = make(**fields)
+    assert max(taken) == 3
+    for (key, one), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5), key

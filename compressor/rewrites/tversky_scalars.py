@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .tversky_fit import Fit, Where
 
 
+_AT_ONCE = 1 << 22  # outputs: a head has tens of thousands for every token
+
+
 class _Sums:
     """Means of some columns and of y per output, and sums of their products: float64[columns + 1, columns + 1, out]."""
 
@@ -28,7 +31,7 @@ class _Sums:
         self.first = torch.zeros(columns + 1, out, dtype=torch.float64, device=device)
         self.second = torch.zeros(columns + 1, columns + 1, out, dtype=torch.float64, device=device)
 
-    def update(self, columns: list[Tensor], y: Tensor) -> None:  # float[tokens, out] each
+    def update(self, columns: tuple[Tensor, ...], y: Tensor) -> None:  # float[tokens, out] each
         values = torch.stack([*columns, y]).double()  # [columns + 1, tokens, out]
         self.count += values.shape[1]
         self.first += values.sum(1)
@@ -57,12 +60,10 @@ def fit_scalars(fit: Fit) -> None:
     @torch.no_grad()
     def take(where: Where, x: Tensor, y: Tensor) -> None:
         projection, bank, given = fit.projections[where], fit.bank(where), fit.given(where)
-        z = projection.measure(x, bank)
-        if free:
-            columns = list(projection.terms(z, projection.prototype_features(bank, given)))
-        else:
-            columns = [_bare(projection, projection.compare(z, bank, given))]
-        sums[where].update(columns, y)
+        u, rows = projection.prototype_features(bank, given), max(1, _AT_ONCE // projection.width_out)
+        for z, wanted in zip(projection.measure(x, bank).split(rows), y.split(rows), strict=True):
+            columns = projection.terms(z, u) if free else (_bare(projection, projection.compare(z, bank, given)),)
+            sums[where].update(columns, wanted)
 
     for batch in fit.context.batches():
         fit.stream(batch, take)
