@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import toy_alignment, toy_blocks, toy_gpt2
 
 from compressor.rewrites.compose import apply
@@ -199,3 +200,28 @@ def test_the_same_seed_gives_the_same_random_start(original, alignment):
         return projection.prototypes
 
     assert torch.equal(prototypes(1), prototypes(1)) and not torch.equal(prototypes(1), prototypes(2))
+
+
+class _Shapes(TorchDispatchMode):
+    """The shapes of all tensors that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.made.add(tuple(tensor.shape))
+        return result
+
+
+@pytest.mark.parametrize("target", ["c_fc", "lm_head"])
+def test_no_tensor_of_outputs_x_outputs_is_made(target):
+    original = toy_gpt2(n_layer=2, n_embd=16, n_head=2)
+    out = {"c_fc": original.transformer.h[0].mlp.c_fc.nf, "lm_head": original.config.vocab_size}[target]
+    text, alignment = toy_blocks(original.config, rows=4), toy_alignment(original)
+    with _Shapes() as shapes:
+        apply([Tversky(targets=[target], bank_size=6)], original, alignment, calibration=text)
+    assert (16, out) in shapes.made and (out, out) not in shapes.made

@@ -255,30 +255,31 @@ class Fit:
 
     def _directions(self, wheres: Sequence[Where], count: int) -> Tensor:
         """Orthonormal features [count, in] for the inputs of some places."""
-        basis, weights = self.rewrite.basis, [self.linear(where)[0] for where in wheres]
-        width = len(weights[0])
+        basis, width = self.rewrite.basis, self.places[wheres[0]].widths[0]
+        moment = torch.zeros(width, width, dtype=torch.float64, device=gpt2.device(self.context.original))
+        gram = torch.zeros_like(moment)
         if basis == "svd" or (count == width and self.context.calibration is None):
-            gram = sum(
-                (weight @ weight.T / weight.square().sum() for weight in weights), weights[0].new_zeros(width, width)
-            )
+            for where in wheres:
+                weight, _ = self.linear(where)
+                gram += weight @ weight.T / weight.square().sum()
             return _leading(gram, count)
-        seen: dict[tuple[int | None, str | None], Tensor] = {}
-        for where in wheres:
+        known: tuple[int | None, str | None] | None = None
+        for where in wheres:  # one after the other: all of them would be as large as the model
             layer, site = where[0], SITES.get(where[1])
-            if (layer, site) not in seen:
-                moments = self._moments(where)
-                moment = moments.second_moment() if layer is None else moments.covariance()
-                seen[layer, site] = moment / moment.diagonal().sum().clamp_min(1e-300)  # no loud layer owns the bank
-        moment = sum(seen.values(), torch.zeros_like(next(iter(seen.values()))))
+            if (layer, site) != known:
+                moments, known = self._moments(where), (layer, site)
+                seen = moments.second_moment() if layer is None else moments.covariance()
+                seen /= seen.diagonal().sum().clamp_min(1e-300)  # no loud layer owns the bank
+                moment += seen
+            if basis == "asvd":
+                weight, _ = self.linear(where)
+                out = (weight * (seen @ weight)).sum()  # the variance of what comes out
+                gram += weight @ weight.T / out.clamp_min(1e-300)
         if basis == "pca":
             return _leading(moment, count)
         moment.diagonal().add_(_UNSEEN * moment.diagonal().mean())
         values, vectors = torch.linalg.eigh(moment)
         root = (vectors * values.sqrt()) @ vectors.T
-        gram = torch.zeros_like(moment)
-        for where, weight in zip(wheres, weights, strict=True):
-            out = weight.T @ seen[where[0], SITES.get(where[1])] @ weight
-            gram += weight @ weight.T / out.diagonal().sum().clamp_min(1e-300)
         best = (vectors * values.rsqrt()) @ vectors.T @ _leading(root @ gram @ root, count).T
         return torch.linalg.qr(best).Q.T
 
