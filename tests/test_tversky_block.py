@@ -133,3 +133,16 @@ def test_as_many_neurons_as_there_are(original):
     assert neuron_directions(context, range(LAYERS), 3 * FF).shape == (3 * FF, D)
     with pytest.raises(UserError, match=f"a bank of {2 * FF + 1} features for 2 FFNs of {FF} neurons"):
         neuron_directions(context, [0, 2], 2 * FF + 1)
+
+
+@pytest.mark.parametrize("fields", [{"init": "random"}, {"init": "lsq", "form": "ratio", "non_negative": True}])
+@pytest.mark.parametrize("share_scalars", [False, True])
+def test_scalars_that_are_not_fitted_are_those_given(original, alignment, text, fields, share_scalars):
+    rewrite = Tversky(
+        targets=["mlp_block"], antipodal=False, alpha=0.7, beta=0.3, gamma=1.5, share_scalars=share_scalars, **fields
+    )
+    model = apply([rewrite], original, alignment, calibration=text)
+    (bank,) = model.transformer.feature_bank.values()
+    for block in model.transformer.h:
+        strengths = block.mlp.block.strengths(bank)
+        assert [round(float(value.detach()), 5) for value in strengths] == [1.5, 0.7, 0.3]

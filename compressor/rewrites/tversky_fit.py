@@ -184,11 +184,11 @@ class Fit:
             features = self._directions(wheres, count)
         gpt2.put(bank, "weight", features)
         if bank.scalars is not None:
-            self.put_scalars(bank.scalars, self._start(blocks))
+            self.put_scalars(bank.scalars, rewrite.strengths)
         for where in wheres:
             projection = self.projections[where]
             if projection.scalars is not None:
-                self.put_scalars(projection.scalars, self._start(blocks))
+                self.put_scalars(projection.scalars, rewrite.strengths)
             if projection.scale is not None:
                 gpt2.put(projection, "scale", torch.ones(projection.width_out, device=device))
             if rewrite.init == "random":
@@ -197,10 +197,6 @@ class Fit:
                 fill_block(self, where, features)
             else:
                 self._fill(where, projection, features)
-
-    def _start(self, blocks: Sequence[Where]) -> tuple[float, float, float]:
-        """theta, alpha, beta to begin with; a whole FFN's prototypes are fitted with theta = alpha and beta = 0."""
-        return (1.0, 1.0, 0.0) if blocks and self.rewrite.learn_scalars else self.rewrite.strengths
 
     def put_scalars(self, scalars: Scalars, values: Sequence[float]) -> None:
         """Give theta, alpha, beta these values, where they are learnable."""
