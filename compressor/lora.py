@@ -91,7 +91,7 @@ def attach(
 
     zeros: weights of plain linears, each with a mask, bool[in, out], of what stays 0 in it. The model computes what it
     did before. Nothing else is frozen: that is the trainer's business. Raises UserError for a rank below 1, a model
-    that has adapters already, and linears that share one weight (it would be merged twice).
+    that has adapters already or no linear, and linears that share one weight (it would be merged twice).
     """
     if rank < 1:
         raise UserError(f"lora rank is {rank}; allowed: 1 or more")
@@ -104,6 +104,8 @@ def attach(
         for name, child in parent.named_children()
         if isinstance(child, (Conv1D, nn.Linear))
     ]
+    if not places:
+        raise UserError("the blocks of this model have no linear to put an adapter on; train=deltas or train=full")
     if len({child.weight.data_ptr() for _, _, child in places}) < len(places):
         raise UserError("two linears of this model share one weight: an adapter on each would be merged twice")
     masks = {id(weight): mask for weight, mask in zeros}

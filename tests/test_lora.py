@@ -13,6 +13,7 @@ from compressor import lora
 from compressor.errors import UserError
 from compressor.rewrites.compose import apply
 from compressor.rewrites.soft_shared import SoftShared
+from compressor.rewrites.tversky import Tversky
 
 
 def plain() -> GPT2LMHeadModel:
@@ -182,3 +183,11 @@ def test_refusals():
     tied.transformer.h[1].mlp.c_fc.weight = tied.transformer.h[0].mlp.c_fc.weight
     with pytest.raises(UserError, match="share one weight"):
         lora.attach(tied)
+
+
+def test_a_model_without_linears_is_refused():
+    original = toy_gpt2(n_layer=1)
+    rewrite = Tversky(targets=["q", "k", "v", "attn_out", "c_fc", "mlp_out"])
+    model = apply([rewrite], original, toy_alignment(original), calibration=toy_blocks(original.config, rows=2))
+    with pytest.raises(UserError, match="no linear to put an adapter on; train=deltas or train=full"):
+        lora.attach(model)
