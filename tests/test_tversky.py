@@ -312,8 +312,21 @@ def test_folding_says_why_it_cannot(make, target):
         Tversky(targets=[target]).fold(model)
     assert "\n" not in str(said.value) and f"tversky {target}" in str(said.value) and "None" not in str(said.value)
     fields = {"targets": ["mlp_block"], "antipodal": False, "init": "random"}
-    with pytest.raises(UserError, match="mlp_block of layer 0 is not linear"):
+    with pytest.raises(UserError, match="mlp_block of layer 0 is not linear: it stands for a whole FFN"):
         Tversky(**fields).fold(make(fields))
+
+
+def test_fixed_scalars_fold_after_training_as_the_refusal_of_others_says(make, ids):
+    for learns in (True, False):
+        fields = {"targets": ["c_fc"], "bank_size": 0.5, "learn_scalars": learns}
+        model, rewrite = make(fields), Tversky(**fields)
+        model(ids, labels=ids).loss.backward()
+        torch.optim.AdamW(model.parameters(), lr=1e-2).step()
+        if learns:
+            with pytest.raises(UserError, match="learn_scalars=false keeps it so through recovery"):
+                rewrite.fold(model)
+        else:
+            assert _apart(rewrite.fold(model), model, ids) <= 1e-4
 
 
 # ---------------------------------------------------------------- beside other rewrites

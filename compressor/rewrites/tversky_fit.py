@@ -295,13 +295,19 @@ def dense_tensors(model: GPT2LMHeadModel, places: Places) -> dict[str, Tensor]:
     for (layer, target), place in places.items():
         projection, bank = projection_at(model, layer, target), gpt2.feature_bank(model)[place.key]
         slope = linear_strength(projection, bank)
-        if slope is None or target == "mlp_block":
+        if target == "mlp_block":
+            raise UserError(
+                f"the tversky mlp_block of layer {layer} is not linear: it stands for a whole FFN, and plain GPT-2 "
+                "cannot express it"
+            )
+        if slope is None:
             theta, alpha, beta = _strengths(projection, bank)
             place_of = target if layer is None else f"{target} of layer {layer}"
             raise UserError(
                 f"the tversky {place_of} is not linear, so plain GPT-2 cannot express it (form {projection.form}, "
                 f"intersection {projection.intersection}, difference {projection.difference}, theta {theta:.4g}, "
-                f"alpha + beta {alpha + beta:.4g}); an antipodal bank of products with theta = alpha + beta is"
+                f"alpha + beta {alpha + beta:.4g}); an antipodal bank of products with theta = alpha + beta is, and "
+                "learn_scalars=false keeps it so through recovery"
             )
         features = bank.weight.double()
         given: Any = gpt2.head(model).weight if layer is None else projection.prototypes
