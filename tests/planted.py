@@ -9,7 +9,7 @@ from typing import Any
 from compressor.artifacts import provenance
 from compressor.benchmark import Gap, Report, Row
 from compressor.metrics import MetricResult
-from compressor.report.story import Alignment, Curve, Pair, Search, Story
+from compressor.report.story import Alignment, Bank, Curve, Diagnosis, Pair, Projection, Search, Story
 from compressor.windows import Candidate, Window
 
 ORIGIN = provenance(
@@ -210,6 +210,14 @@ def alignment(n_layer: int = 12, *, direct: int = 0, tensors: str = "") -> Align
     pairs = [pair(layer, layer + 1) for layer in range(n_layer - 1)]
     pairs += [pair(4, 4 + far) for far in range(2, direct)]
     return Alignment("correlation", n_layer, tuple(pairs), tensors)
+
+
+def diagnosis() -> Diagnosis:
+    """Of one projection."""
+    counts = {"prototypes": 9, "empty_prototypes": 1, "constant_prototypes": 0, "dead_prototypes": 1}
+    strengths = {"theta": 1.0, "alpha": 0.5, "beta": 0.4, "linear": False, "asymmetry": 0.1}
+    own = Projection(0, "c_fc", "shared_8", features_per_token=3.5, dead_features=1, **counts, **strengths)
+    return Diagnosis("rewritten", 100, (Bank("shared_8", 8, 4, 1, 1),), (own,))
 
 
 def story(run: str = "", seed: int = 0, **changed: Any) -> Story:

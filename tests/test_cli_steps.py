@@ -144,7 +144,7 @@ def test_from_a_search_to_a_recovered_model(aligned_run, run, refused):
     assert "is of another search (rewrite differ)" in refused(*search(aligned_run, "soft_shared", "n=2", *SEARCH))
 
     said = run(*finetune(aligned_run, "--steps", 2, "--control", *KEYS, "--seed", 5, "--json"))
-    assert (said.code, said.err) == (0, "")
+    assert (said.code, said.err.count("\n")) == (0, 1) and said.err.startswith("finetune: context=32")
     reports = {name: stored(aligned_run / name / "report.json") for name in ("recovered", "control")}
     assert said.json == {"run": str(aligned_run), **reports}
     assert [len(body["recovery"]["curve"]) for body in reports.values()] == [2, 2]
@@ -176,7 +176,7 @@ def test_text_for_people(aligned_run, tiny_folder, run):
     assert run("rewrite", "--run", aligned_run, "--rewrite", "merged_n", "n=2", "tie=true").code == 0
     said = run(*finetune(aligned_run, "--steps", 1, *KEYS))
     report = stored(aligned_run / "recovered" / "report.json")
-    assert (said.code, said.err) == (0, "") and said.out.count("\n") == 1
+    assert said.code == 0 and said.err.startswith("finetune: context=32") and said.out.count("\n") == 1
     assert f"{aligned_run}/recovered: lora, " in said.out
     assert f"selection perplexity {report['selection_perplexity']['before']:.2f} -> " in said.out
 
