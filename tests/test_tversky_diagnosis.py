@@ -114,8 +114,7 @@ def test_against_brute_force(text, settings, monkeypatch):
         empty = ~(u > 0).any(1) & ~((u < 0).any(1) & rewrite.antipodal)
         assert row["empty_prototypes"] == empty.sum()
         scalars = (row["theta"], row["alpha"], row["beta"])
-        start = (1.0, 1.0, 0.0) if where[1] == "mlp_block" else (1.0, rewrite.alpha, rewrite.beta)
-        assert scalars == pytest.approx(start)
+        assert scalars == pytest.approx((1.0, rewrite.alpha, rewrite.beta))
         similarity = naive(rewrite, z, u, *scalars)
         constant = np.ptp(similarity, 0) < 1e-9
         assert row["constant_prototypes"] == constant.sum()
