@@ -73,6 +73,7 @@ def _write(study: CountStudy, folder: Path, counted: Counts, session: Session) -
         title=study.title,
         tiles=(),
         findings=counted.findings,
+        workflow=(),
         main=main,
         tables=tuple(tables),
         missing=None,
