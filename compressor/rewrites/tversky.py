@@ -266,9 +266,3 @@ class Tversky(Rewrite):
     @classmethod
     def neutral(cls, base: GPT2Config) -> Tversky:
         return cls(targets=["q", "k", "v", "attn_out", "c_fc", "mlp_out", "lm_head"], share="layer")
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Tversky:
-        made = super().from_record(record)
-        assert isinstance(made, cls)
-        return made
