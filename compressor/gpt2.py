@@ -138,7 +138,7 @@ def run_blocks(
         past_key_values=None,
         position_ids=positions,
     )
-    extra = trunk(model).block_arguments() if hasattr(trunk(model), "block_arguments") else {}
+    extra = trunk(model).block_arguments(attention_mask) if hasattr(trunk(model), "block_arguments") else {}
     with fused_activations(model):
         for block in blocks(model)[start:stop]:
             hidden = block(hidden, None, mask, None, use_cache=False, position_ids=positions, **extra)

@@ -17,6 +17,10 @@ class GPT2CompressedConfig(GPT2Config):
         "prototypes": "explicit" | "features", and "scale", "bias", "form", "intersection", "difference", "antipodal",
         "normalize", "offset", "theta", "alpha", "beta", "learn_scalars", "share_scalars", "non_negative" as of
         TverskyProjection}; the layers of a group share banks, one for each width of inputs ("features": how many).
+    efficient_attention: one entry per rewrite of attention scores (modeling/block_attention.py):
+        {"kind": "linformer", "layers": [0, 1], "block": 64, "slots": 8, "per_head": false},
+        {"kind": "nystromformer", "layers", "block", "landmarks": 16, "inverse": "none" | "newton"} or
+        {"kind": "performer", "layers", "block", "features": 128, "feature_map": "favor+", "seed": 0, "local": true}.
     compression: the rewrites that made the model, as records of their fields.
     """
 
@@ -24,4 +28,5 @@ class GPT2CompressedConfig(GPT2Config):
 
     ffn_groups: list | None = None
     tversky: list | None = None
+    efficient_attention: list | None = None
     compression: list | None = None

@@ -32,8 +32,9 @@ class LinformerFar(Far):
     def reset_parameters(self) -> None:
         """Means of segments as even as can be: with as many slots as tokens the tokens themselves."""
         segment = (torch.arange(self.block) * self.slots).div(self.block, rounding_mode="floor")
-        size = segment.bincount(minlength=self.slots)
-        means = nn.functional.one_hot(segment, self.slots).T / size[:, None]
+        member = segment == torch.arange(self.slots)[:, None]  # [slots, block]
+        size = member.sum(1)
+        means = member / size[:, None]
         init.copy_(self.keys, means.expand_as(self.keys))
         init.copy_(self.values, means.expand_as(self.values))
         init.copy_(self.log_mass, size.log().expand_as(self.log_mass))

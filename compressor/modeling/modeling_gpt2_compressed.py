@@ -19,26 +19,36 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.utils.generic import can_return_tuple
 
+from .attention import CompressedAttention
 from .configuration_gpt2_compressed import GPT2CompressedConfig
+from .linformer import LinformerFar
+from .performer import PerformerFar
 from .shared_ffn import LayerDelta, LayerFFN, SharedFFN
 from .tversky import FeatureBank, Scalars, TverskyProjection
-from .tversky_layers import TverskyAttention, TverskyFFN, TverskyHead, feature_banks, tversky_places
+from .tversky_layers import TverskyFFN, TverskyHead, feature_banks, tversky_places
 
 
 class GPT2CompressedBlock(GPT2Block):
     """GPT-2's block; attention and FFN are handed the trunk's banks where they use them."""
 
-    def __init__(self, config: Any, layer_idx: int, group: int | None = None, places: dict | None = None):
+    def __init__(
+        self,
+        config: Any,
+        layer_idx: int,
+        group: int | None = None,
+        places: dict | None = None,
+        efficient: dict | None = None,
+    ):
         super().__init__(config, layer_idx=layer_idx)
         places = places or {}
         self.shares_ffn = group is not None
-        self.tversky_attention = bool(places.keys() & {"q", "k", "v", "attn_out"})
+        self.other_attention = efficient is not None or bool(places.keys() & {"q", "k", "v", "attn_out"})
         self.tversky_ffn = bool(places.keys() & {"c_fc", "mlp_out", "mlp_block"})
         if group is not None:
             entry = config.ffn_groups[group]
             self.mlp = LayerFFN(config, group, entry["rank"], entry["bias"])  # type: ignore[assignment]
-        if self.tversky_attention:
-            self.attn = TverskyAttention(config, layer_idx, places)
+        if self.other_attention:
+            self.attn = CompressedAttention(config, layer_idx, places, efficient)
         if self.tversky_ffn:
             self.mlp = TverskyFFN(config, places)  # type: ignore[assignment]
 
@@ -52,6 +62,7 @@ class GPT2CompressedBlock(GPT2Block):
         use_cache: bool | None = False,
         ffn_bank: nn.ModuleList | None = None,
         feature_bank: nn.ModuleDict | None = None,
+        real: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         attention, _ = self.attn(
@@ -59,7 +70,7 @@ class GPT2CompressedBlock(GPT2Block):
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             use_cache=use_cache,
-            **({"feature_bank": feature_bank} if self.tversky_attention else {}),
+            **({"feature_bank": feature_bank, "real": real} if self.other_attention else {}),
             **kwargs,
         )
         hidden_states = hidden_states + attention
@@ -76,7 +87,7 @@ class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TverskyAttention) and module.key_out is not None:
+        if isinstance(module, CompressedAttention) and module.key_out is not None:
             return  # GPT-2 would scale the weight of a linear that is none
         super()._init_weights(module)
         if isinstance(module, LayerDelta):  # A ~ N, B = 0: starts as no delta, and trains
@@ -85,7 +96,7 @@ class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
                 init.zeros_(module.delta_b)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (FeatureBank, Scalars, TverskyProjection)):
+        elif isinstance(module, (FeatureBank, Scalars, TverskyProjection, LinformerFar, PerformerFar)):
             module.reset_parameters()
         elif isinstance(module, TverskyHead):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -104,19 +115,30 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
             {target: place for (layer, target), place in places.items() if layer == index}
             for index in range(config.num_hidden_layers)
         ]
+        efficient = {layer: entry for entry in config.efficient_attention or [] for layer in entry["layers"]}
         self.h = nn.ModuleList(
-            [GPT2CompressedBlock(config, layer, group_of.get(layer), own) for layer, own in enumerate(of_layer)]
+            [
+                GPT2CompressedBlock(config, layer, group_of.get(layer), own, efficient.get(layer))
+                for layer, own in enumerate(of_layer)
+            ]
         )
         self.ffn_bank = nn.ModuleList([SharedFFN(d, d_ff, entry["bias"] == "shared") for entry in groups])
         self.feature_bank = feature_banks(places)
         self.post_init()
 
-    def block_arguments(self) -> dict:
-        """What every block of this trunk must be called with besides GPT-2's own arguments."""
-        return {"ffn_bank": self.ffn_bank, "feature_bank": self.feature_bank}
+    def block_arguments(self, attention_mask: Tensor | None = None) -> dict:
+        """What every block of this trunk must be called with besides GPT-2's own arguments. attention_mask: bool or
+        int[batch, tokens so far], 0 = pad; attention in blocks takes no other."""
+        found: dict[str, Any] = {"ffn_bank": self.ffn_bank, "feature_bank": self.feature_bank}
+        if self.config.efficient_attention and attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise ValueError(f"attention in blocks takes masks [batch, tokens], got {list(attention_mask.shape)}")
+            found["real"] = attention_mask.bool()
+        return found
 
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **{**kwargs, **self.block_arguments()})
+    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, *args, **kwargs):
+        own = self.block_arguments(attention_mask)
+        return super().forward(input_ids, past_key_values, attention_mask, *args, **{**kwargs, **own})
 
 
 class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):

@@ -2,7 +2,7 @@
 
 FAVOR+ (Choromanski et al., arXiv 2009.14794): with x = q / d^(1/4), phi(x) = exp(w_i . x - |x|^2 / 2) / sqrt(m), the
 w_i orthogonal in blocks with the lengths of Gaussian vectors, estimates exp(q . k / sqrt(d)) without bias; favor_hyp
-takes w and -w. Its variance grows with e^(|q + k|^2), so that a trained model's queries may be out of its reach; relu, elu
+takes w and -w. Its variance grows with e^(|q + k|^2): a trained model's queries may be out of its reach. relu, elu
 (+ 1) and learned (Hedgehog, Zhang et al., arXiv 2402.04347: a softmax over [W x, -W x]) do not estimate softmax but are
 trained to stand for it. All features are held as logarithms with a running maximum for each, so that none overflows.
 """
@@ -148,9 +148,12 @@ def orthogonal_features(shape: torch.Size, seed: int) -> Tensor:
     """float32[heads, features, head_dim]: within each run of head_dim rows orthogonal directions, with the lengths of
     Gaussian vectors of that many entries."""
     heads, rows, width = shape
-    generator = torch.Generator().manual_seed(seed)
-    squares = torch.randn(heads, -(-rows // width), width, width, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    squares = torch.randn(
+        heads, -(-rows // width), width, width, generator=generator, dtype=torch.float64, device="cpu"
+    )
     directions, triangle = torch.linalg.qr(squares)
     directions = directions * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
-    lengths = torch.randn(heads, rows, width, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
+    lengths = torch.randn(heads, rows, width, generator=generator, dtype=torch.float64, device="cpu")
+    lengths = lengths.norm(dim=-1, keepdim=True)
     return (directions.transpose(-1, -2).flatten(1, 2)[:, :rows] * lengths).float()

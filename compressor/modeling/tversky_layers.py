@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.models.gpt2.modeling_gpt2 import ALL_ATTENTION_FUNCTIONS, GPT2Attention, eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from .tversky import FORM, SCALARS, FeatureBank, Scalars, TverskyProjection
@@ -38,49 +37,6 @@ class TverskyQKV(nn.Module):
                 measured[key, part.normalize] = part.measure(x, banks[key])
             found.append(part.compare(measured[key, part.normalize], banks[key]))
         return tuple(found)
-
-
-class TverskyAttention(GPT2Attention):
-    """GPT-2's attention, some of whose linears are projections."""
-
-    def __init__(self, config: Any, layer_idx: int, found: dict[str, TverskyPlace]):
-        super().__init__(config, layer_idx=layer_idx)
-        d = config.hidden_size
-        if found.keys() & set("qkv"):
-            parts = {name: found[name].make() if name in found else Conv1D(d, d) for name in "qkv"}
-            self.c_attn = TverskyQKV(parts, {name: found[name].key for name in "qkv" if name in found})  # type: ignore
-        self.key_out = found["attn_out"].key if "attn_out" in found else None
-        if "attn_out" in found:
-            self.c_proj = found["attn_out"].make()  # type: ignore[assignment]
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        past_key_values=None,
-        attention_mask: Tensor | None = None,
-        feature_bank=None,
-        **kwargs,
-    ):
-        if isinstance(self.c_attn, TverskyQKV):
-            parts = self.c_attn(hidden_states, feature_bank)
-        else:
-            parts = self.c_attn(hidden_states).split(self.split_size, dim=2)
-        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        query, key, value = (part.reshape(heads).transpose(1, 2) for part in parts)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        kind = self.config._attn_implementation
-        if kind == "eager" and self.reorder_and_upcast_attn:
-            mixed, weights = self._upcast_and_reordered_attn(query, key, value, attention_mask)
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
-            dropout = self.attn_dropout.p if self.training else 0.0
-            mixed, weights = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
-        mixed = mixed.reshape(*hidden_states.shape)
-        out = self.c_proj(mixed) if self.key_out is None else self.c_proj(mixed, feature_bank[self.key_out])
-        return self.resid_dropout(out), weights
 
 
 class TverskyFFN(nn.Module):

@@ -8,7 +8,10 @@ from ..errors import UserError, unknown
 from .base import FitContext, Rewrite
 from .compressed_n import CompressedN
 from .dropped_n import DroppedN
+from .linformer import Linformer
 from .merged_n import MergedN
+from .nystromformer import Nystromformer
+from .performer import Performer
 from .pruned import Pruned
 from .soft_shared import SoftShared
 from .tversky import Tversky
@@ -20,6 +23,9 @@ REWRITES: dict[str, type[Rewrite]] = {
     "dropped_n": DroppedN,
     "pruned": Pruned,
     "tversky": Tversky,
+    "linformer": Linformer,
+    "nystromformer": Nystromformer,
+    "performer": Performer,
 }
 
 

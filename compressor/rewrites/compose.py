@@ -43,7 +43,7 @@ def structure(rewrites: Sequence[Rewrite], base: GPT2Config) -> GPT2Config:
     layers = layer_map(rewrites, base)
     fields = {**config.to_dict(), "n_layer": len(layers)}
     fields.pop("model_type")
-    for group in fields.get("ffn_groups") or []:
+    for group in [*(fields.get("ffn_groups") or []), *(fields.get("efficient_attention") or [])]:
         group["layers"] = [layers[layer] for layer in group["layers"]]
     for entry in fields.get("tversky") or []:
         entry["groups"] = [[layers[layer] for layer in group] for group in entry["groups"]]

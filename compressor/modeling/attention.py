@@ -1,0 +1,79 @@
+"""The attention of a compressed GPT-2: linears that may be Tversky projections, and how the values are mixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.gpt2.modeling_gpt2 import ALL_ATTENTION_FUNCTIONS, GPT2Attention, eager_attention_forward
+from transformers.pytorch_utils import Conv1D
+
+from .block_attention import BlockAttention, Far, state_layer
+from .linformer import LinformerFar
+from .nystromformer import NystromFar
+from .performer import PerformerFar
+from .tversky_layers import TverskyPlace, TverskyQKV
+
+
+class CompressedAttention(GPT2Attention):
+    """found: target -> place of its Tversky projections; entry: of the config's `efficient_attention`, None = GPT-2's
+    softmax over all tokens."""
+
+    def __init__(self, config: Any, layer_idx: int, found: dict[str, TverskyPlace], entry: dict | None):
+        super().__init__(config, layer_idx=layer_idx)
+        d = config.hidden_size
+        if found.keys() & set("qkv"):
+            parts = {name: found[name].make() if name in found else Conv1D(d, d) for name in "qkv"}
+            self.c_attn = TverskyQKV(parts, {name: found[name].key for name in "qkv" if name in found})  # type: ignore
+        self.key_out = found["attn_out"].key if "attn_out" in found else None
+        if "attn_out" in found:
+            self.c_proj = found["attn_out"].make()  # type: ignore[assignment]
+        self.scores = None if entry is None else BlockAttention(entry["block"], far_of(entry, self))
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        feature_bank=None,
+        real: Tensor | None = None,
+        **kwargs,
+    ):
+        """real: bool[batch, tokens so far], False = pad."""
+        if isinstance(self.c_attn, TverskyQKV):
+            parts = self.c_attn(hidden_states, feature_bank)
+        else:
+            parts = self.c_attn(hidden_states).split(self.split_size, dim=2)
+        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query, key, value = (part.reshape(heads).transpose(1, 2) for part in parts)
+        if self.scores is None:
+            mixed, weights = self._softmax(query, key, value, past_key_values, attention_mask, **kwargs)
+        else:
+            weights = None
+            layer = state_layer(past_key_values, self.layer_idx)
+            here = None if real is None else real[:, -hidden_states.shape[1] :]
+            mixed = self.scores(query, key, value, scaling=self.scaling, real=here, layer=layer).transpose(1, 2)
+        mixed = mixed.reshape(*hidden_states.shape)
+        out = self.c_proj(mixed) if self.key_out is None else self.c_proj(mixed, feature_bank[self.key_out])
+        return self.resid_dropout(out), weights
+
+    def _softmax(self, query: Tensor, key: Tensor, value: Tensor, cache: Any, mask: Tensor | None, **kwargs):
+        """GPT-2's own: [batch, tokens, heads, head_dim] and, where the implementation has them, the weights."""
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        kind = self.config._attn_implementation
+        if kind == "eager" and self.reorder_and_upcast_attn:
+            return self._upcast_and_reordered_attn(query, key, value, mask)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
+        dropout = self.attn_dropout.p if self.training else 0.0
+        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+
+def far_of(entry: dict, attention: GPT2Attention) -> Far:
+    """What an entry of the config's `efficient_attention` puts in the place of completed blocks."""
+    heads, width = attention.num_heads, attention.head_dim
+    if entry["kind"] == "linformer":
+        return LinformerFar(heads if entry["per_head"] else 1, entry["block"], entry["slots"])
+    if entry["kind"] == "nystromformer":
+        return NystromFar(entry["landmarks"], entry["inverse"])
+    return PerformerFar(heads, width, entry["features"], entry["feature_map"], entry["seed"], entry["local"])

@@ -1,0 +1,64 @@
+"""Distillation layer by layer: what is new in a layer learns to give what the original gave there for the same input.
+
+The inputs come from the original as it runs over the calibration text, batch by batch; none is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import cycle
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .base import FitContext
+
+Loss = Callable[[Tensor], None]
+
+
+def distill(
+    parameters: Sequence[nn.Parameter],
+    context: FitContext,
+    take: Callable[[tuple[Tensor, Tensor], Loss], None],
+    *,
+    steps: int,
+    learning_rate: float,
+    name: str,
+) -> list[float]:
+    """`steps` steps of Adam, the learning rate falling to 0; returns the mean loss of each step.
+
+    take: given a batch of calibration text, calls what it is given besides with the loss of every layer: gradients of
+    shared parameters add up. requires_grad is as before when it ends. Raises UserError, which names `name`, for
+    gradients that are not finite.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    wanted = [parameter.requires_grad for parameter in parameters]
+    losses: list[float] = []
+
+    def learn(loss: Tensor) -> None:
+        loss.backward()
+        of_step.append(float(loss.detach()))
+
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for step, batch in zip(range(steps), cycle(context.batches()), strict=False):
+            of_step: list[float] = []
+            optimizer.zero_grad(set_to_none=True)
+            take(batch, learn)
+            if not all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None):
+                raise UserError(
+                    f"{name}: the layer-wise distillation has no finite gradient at step {step + 1}; "
+                    f"give a smaller distill_learning_rate than {learning_rate}"
+                )
+            optimizer.step()
+            schedule.step()
+            losses.append(sum(of_step) / len(of_step))
+            context.progress(f"distillation, step {step + 1} of {steps}: {losses[-1]:.3g}")
+    finally:
+        for parameter, flag in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+    return losses

@@ -1,0 +1,126 @@
+"""What the rewrites of attention scores have in common: which layers, exact blocks, distillation of attention outputs.
+
+q, k, v and o stay as they are. None of them has fewer parameters, and at GPT-2's own lengths (up to 1024) none is
+faster: they are for long contexts, in time and in what a cache holds. Up to `block` tokens all are exact attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from .. import gpt2
+from ..errors import UserError
+from ..modeling.attention import far_of
+from .base import FitContext, Rewrite, sites_of
+from .distillation import Loss, distill
+from .structure import add_structure
+
+
+@dataclass(frozen=True)
+class EfficientAttention(Rewrite):
+    """layers: which (null = all). block: tokens within which attention is exact. distill_steps: of training what is
+    new in each layer towards the original's attention output, for the same input, on calibration text."""
+
+    layers: list | None = None
+    block: int = 64
+    distill_steps: int = 0
+    distill_learning_rate: float = 1e-3
+
+    @abstractmethod
+    def knobs(self) -> dict[str, Any]:
+        """What the config's entry says besides kind, layers and block."""
+
+    def check(self, base: GPT2Config) -> None:
+        if self.layers is not None and (
+            not self.layers
+            or any(type(layer) is not int or not 0 <= layer < base.n_layer for layer in self.layers)
+            or len(set(self.layers)) < len(self.layers)
+        ):
+            raise UserError(
+                f"{self.name}: layers is {self.layers}; allowed: different layers from 0 to {base.n_layer - 1}"
+            )
+        if self.block < 1:
+            raise UserError(f"{self.name}: block is {self.block}; allowed: 1 or more tokens")
+        if self.distill_steps < 0 or self.distill_learning_rate <= 0:
+            raise UserError(f"{self.name}: distill_steps are 0 or more, distill_learning_rate above 0")
+
+    def resolved(self, base: GPT2Config) -> EfficientAttention:
+        return dataclasses.replace(self, layers=self._layers(base))
+
+    def _layers(self, base: GPT2Config) -> list[int]:
+        return list(range(base.n_layer)) if self.layers is None else sorted(self.layers)
+
+    def sites(self, base: GPT2Config) -> frozenset[str]:
+        return sites_of(self._layers(base), ["attn.scores"])
+
+    def config(self, base: GPT2Config) -> GPT2Config:
+        entry = {"kind": self.name, "layers": self._layers(base), "block": self.block, **self.knobs()}
+        return add_structure(base, "efficient_attention", [entry])
+
+    def fit(self, model: GPT2LMHeadModel, context: FitContext) -> None:
+        places = {context.layers[layer]: layer for layer in self._layers(context.original.config)}
+        for entry in model.config.efficient_attention:
+            for layer in set(entry["layers"]) & places.keys():
+                attention = gpt2.attention(model, layer)
+                attention.scores.far = far_of(entry, attention).to(gpt2.device(context.original), model.dtype)
+        parameters = self.trainable(model)
+        if self.distill_steps and parameters:
+            distill(
+                parameters,
+                context,
+                lambda batch, learn: self._towards(model, context, places, batch, learn),
+                steps=self.distill_steps,
+                learning_rate=self.distill_learning_rate,
+                name=self.name,
+            )
+
+    def _towards(
+        self,
+        model: GPT2LMHeadModel,
+        context: FitContext,
+        places: dict[int, int],
+        batch: tuple[Tensor, Tensor],
+        learn: Loss,
+    ) -> None:
+        """Hand `learn` the relative squared error of each layer's attention output for one batch of text."""
+        original, (ids, mask) = context.original, batch
+        extra = gpt2.trunk(model).block_arguments(mask)
+        extra.pop("ffn_bank")
+
+        def compare(layer: int, x: Tensor, wanted: Tensor) -> None:
+            with torch.enable_grad():
+                found = gpt2.attention(model, layer)(x.detach(), **extra)[0][mask]
+                error = (found - wanted[mask].detach()).float().square().mean()
+                learn(error / wanted[mask].float().var(0, unbiased=False).mean().clamp_min(1e-12))
+
+        hooks = [
+            gpt2.attention(original, source).register_forward_hook(
+                lambda _, given, output, layer=layer: compare(layer, given[0], output[0])
+            )
+            for layer, source in places.items()
+        ]
+        try:
+            with torch.no_grad():
+                gpt2.run_blocks(original, gpt2.embed(original, ids), 0, 1 + max(places.values()))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def trainable(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
+        return [
+            parameter
+            for entry in model.config.efficient_attention or []
+            if entry["kind"] == self.name
+            for layer in entry["layers"]
+            for parameter in gpt2.attention(model, layer).scores.parameters()
+        ]
+
+    def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+        raise UserError(f"attention of {self.name} is not plain GPT-2's, which cannot express it")
