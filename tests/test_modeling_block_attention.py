@@ -1,0 +1,183 @@
+"""Attention in blocks: exactness where it is due, no look ahead, states and padding that change nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from compressor.modeling.block_attention import BlockAttention, StateLayer, state_layer
+from compressor.modeling.linformer import LinformerFar
+from compressor.modeling.nystromformer import NystromFar
+from compressor.modeling.performer import MAPS, PerformerFar
+
+HEADS, WIDTH = 3, 8
+SCALING = WIDTH**-0.5
+
+
+def performer(feature_map, local):
+    torch.manual_seed(3)
+    return PerformerFar(HEADS, WIDTH, WIDTH if feature_map == "elu" else 12, feature_map, 0, local)
+
+
+FARS = {
+    "linformer": lambda block: LinformerFar(HEADS, block, max(1, block // 3)),
+    "linformer of a layer": lambda block: LinformerFar(1, block, 1),
+    "nystromformer": lambda block: NystromFar(5, "none"),
+    "nystromformer, newton": lambda block: NystromFar(5, "newton"),
+    **{f"performer, {m}": lambda block, m=m: performer(m, True) for m in MAPS},
+    **{f"performer, {m}, all features": lambda block, m=m: performer(m, False) for m in MAPS},
+}
+
+
+def attention(kind, block):
+    torch.manual_seed(1)
+    made = BlockAttention(block, FARS[kind](block))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return made
+
+
+def inputs(tokens, rows=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, HEADS, tokens, WIDTH, generator=generator) for _ in range(3)]
+
+
+def softmax(query, key, value):
+    scores = query @ key.transpose(-1, -2) * SCALING
+    return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 31])
+def test_neutral_settings_are_softmax(tokens):
+    given = inputs(tokens)
+    for block, far in ((8, LinformerFar(1, 8, 8)), (8, LinformerFar(HEADS, 8, 8)), (31, NystromFar(4, "newton")),
+                       (31, performer("learned", True))):  # fmt: skip
+        assert torch.allclose(BlockAttention(block, far)(*given, scaling=SCALING), softmax(*given), atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 4, 7])
+@pytest.mark.parametrize("kind", FARS)
+@torch.no_grad()
+def test_no_token_sees_a_later_one(kind, block):
+    made = attention(kind, block)
+    for tokens in (2, 13, 23):
+        given = inputs(tokens)
+        before = made(*given, scaling=SCALING)
+        for place in {1, tokens // 2, tokens - 1}:
+            changed = [tensor.clone() for tensor in given]
+            for tensor in changed:
+                tensor[:, :, place] = 3 * torch.randn(2, HEADS, WIDTH)
+            after = made(*changed, scaling=SCALING)
+            assert (after[:, :, :place] - before[:, :, :place]).abs().max() <= 1e-6
+            assert (after[:, :, place] - before[:, :, place]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 40])
+@pytest.mark.parametrize("kind", FARS)
+@torch.no_grad()
+def test_states_give_what_all_at_once_gives(kind, block):
+    made, tokens = attention(kind, block), 29
+    given = inputs(tokens)
+    whole = made(*given, scaling=SCALING)
+    for parts in ([1] * tokens, [7, 1, 1, 13, 1, 6], [tokens - 1, 1]):
+        layer, found, start = StateLayer(), [], 0
+        for part in parts:
+            here = (tensor[:, :, start : start + part] for tensor in given)
+            found.append(made(*here, scaling=SCALING, layer=layer))
+            start += part
+            assert layer.get_seq_length() == start
+        assert (torch.cat(found, 2) - whole).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", FARS)
+@torch.no_grad()
+def test_pads_move_no_block(kind):
+    """Rows of different lengths, padded left, right, or both, at once and with a state."""
+    made, tokens, width = attention(kind, 5), 17, 26
+    given = inputs(tokens, rows=3)
+    whole = made(*given, scaling=SCALING)
+    padded, real, starts = inputs(width, rows=3, seed=9), torch.zeros(3, width, dtype=torch.bool), [9, 0, 4]
+    for row, start in enumerate(starts):
+        real[row, start : start + tokens] = True
+        for tensor, source in zip(padded, given, strict=True):
+            tensor[row, :, start : start + tokens] = source[row]
+    outs = [made(*padded, scaling=SCALING, real=real)]
+    layer, parts = StateLayer(), []
+    for start, stop in ((0, 10), (10, 11), (11, 12), (12, 20), (20, width)):
+        here = (tensor[:, :, start:stop] for tensor in padded)
+        parts.append(made(*here, scaling=SCALING, real=real[:, start:stop], layer=layer))
+    for out in (*outs, torch.cat(parts, 2)):
+        assert torch.isfinite(out).all()
+        for row, start in enumerate(starts):
+            assert (out[row, :, start : start + tokens] - whole[row]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", FARS)
+@torch.no_grad()
+def test_a_state_is_reordered_repeated_and_selected_with_its_rows(kind):
+    made = attention(kind, 4)
+    given = inputs(11)
+    more = inputs(3, seed=4)
+    cache = DynamicCache()
+    layer = state_layer(cache, 1)
+    assert layer is state_layer(cache, 1) and cache.layers[1] is layer
+    made(*given, scaling=SCALING, layer=layer)
+    cache.layers.pop(0)
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 0, 0, 2]))
+    rows = [1, 0, 0, 1]
+    found = made(*(tensor[rows] for tensor in more), scaling=SCALING, layer=layer)
+    wanted = made(*(torch.cat([a[rows], b[rows]], 2) for a, b in zip(given, more, strict=True)), scaling=SCALING)
+    assert (found - wanted[:, :, 11:]).abs().max() <= 1e-4
+    cache.batch_select_indices(torch.tensor([2]))
+    assert all(len(tensor) == 1 for tensor in layer.state.values())
+    cache.reset()
+    assert layer.get_seq_length() == 0 and not layer.state
+
+
+@pytest.mark.parametrize("kind", FARS)
+def test_gradients_are_finite_and_reach_all(kind):
+    made = attention(kind, 4)
+    given = [tensor.requires_grad_() for tensor in inputs(14)]
+    made(*given, scaling=SCALING).square().sum().backward()
+    for tensor in (*given, *made.parameters()):
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_summary_weighs_as_much_as_its_tokens():
+    """Equal keys: a slot that stands for 4 tokens gives what the 4 give; without its mass it does not."""
+    query, key, value = inputs(12)
+    key[:] = key[:, :, :1]
+    far = LinformerFar(1, 4, 1)
+    exact = softmax(query, key, value)
+    assert torch.allclose(BlockAttention(4, far)(query, key, value, scaling=SCALING), exact, atol=1e-5)
+    far.log_mass.zero_()
+    assert (BlockAttention(4, far)(query, key, value, scaling=SCALING) - exact).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_states_do_not_grow_where_they_are_said_not_to():
+    def held(kind, tokens):
+        layer = StateLayer()
+        attention(kind, 8)(*inputs(tokens), scaling=SCALING, layer=layer)
+        return sum(tensor.numel() for tensor in layer.state.values())
+
+    assert held("performer, favor+", 320) == held("performer, favor+", 32)
+    slots = 2 * (320 - 32) // 8  # 2 of each block of 8, for 2 rows, as keys and as values
+    assert held("linformer", 320) - held("linformer", 32) == slots * 2 * 2 * HEADS * WIDTH
+    assert held("nystromformer", 320) > 9 * held("nystromformer", 32)
+
+
+def test_a_cache_of_keys_is_not_gone_on_with():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    with pytest.raises(ValueError, match="layer 0 of the cache holds keys and values"):
+        state_layer(cache, 0)
+    layer = StateLayer()
+    with pytest.raises(NotImplementedError, match="cannot go back"):
+        layer.crop(-1)
