@@ -40,12 +40,7 @@ class CompressedAttention(GPT2Attention):
         **kwargs,
     ):
         """real: bool[batch, tokens so far], False = pad."""
-        if isinstance(self.c_attn, TverskyQKV):
-            parts = self.c_attn(hidden_states, feature_bank)
-        else:
-            parts = self.c_attn(hidden_states).split(self.split_size, dim=2)
-        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        query, key, value = (part.reshape(heads).transpose(1, 2) for part in parts)
+        query, key, value = self.heads(hidden_states, feature_bank)
         if self.scores is None:
             mixed, weights = self._softmax(query, key, value, past_key_values, attention_mask, **kwargs)
         else:
@@ -56,6 +51,16 @@ class CompressedAttention(GPT2Attention):
         mixed = mixed.reshape(*hidden_states.shape)
         out = self.c_proj(mixed) if self.key_out is None else self.c_proj(mixed, feature_bank[self.key_out])
         return self.resid_dropout(out), weights
+
+    def heads(self, hidden_states: Tensor, feature_bank=None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values float[batch, heads, tokens, head_dim] of float[batch, tokens, d]."""
+        if isinstance(self.c_attn, TverskyQKV):
+            parts = self.c_attn(hidden_states, feature_bank)
+        else:
+            parts = self.c_attn(hidden_states).split(self.split_size, dim=2)
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query, key, value = (part.reshape(shape).transpose(1, 2) for part in parts)
+        return query, key, value
 
     def _softmax(self, query: Tensor, key: Tensor, value: Tensor, cache: Any, mask: Tensor | None, **kwargs):
         """GPT-2's own: [batch, tokens, heads, head_dim] and, where the implementation has them, the weights."""

@@ -18,6 +18,7 @@ from transformers import initialization as init
 from .block_attention import Far, State
 
 MAPS = ("favor+", "favor_hyp", "relu", "elu", "learned")
+ESTIMATES = ("favor+", "favor_hyp")  # of softmax's own numbers
 _LEAST = 1e-6  # of a relu feature: its logarithm is finite
 
 
@@ -45,7 +46,7 @@ class PerformerFar(Far):
     @property
     def estimates(self) -> bool:
         """Whether the features' products estimate the softmax's own numbers."""
-        return self.feature_map in ("favor+", "favor_hyp")
+        return self.feature_map in ESTIMATES
 
     def reset_parameters(self) -> None:
         if self.gain is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,7 @@ class EfficientAttention(Rewrite):
             for layer in set(entry["layers"]) & places.keys():
                 attention = gpt2.attention(model, layer)
                 attention.scores.far = far_of(entry, attention).to(gpt2.device(context.original), model.dtype)
+        self.begin(model, context, places)
         parameters = self.trainable(model)
         if self.distill_steps and parameters:
             distill(
@@ -81,6 +83,9 @@ class EfficientAttention(Rewrite):
                 name=self.name,
             )
 
+    def begin(self, model: GPT2LMHeadModel, context: FitContext, places: dict[int, int]) -> None:
+        """Give what is new in some layers (of the result -> of the original) a start that the text decides."""
+
     def _towards(
         self,
         model: GPT2LMHeadModel,
@@ -90,9 +95,8 @@ class EfficientAttention(Rewrite):
         learn: Loss,
     ) -> None:
         """Hand `learn` the relative squared error of each layer's attention output for one batch of text."""
-        original, (ids, mask) = context.original, batch
-        extra = gpt2.trunk(model).block_arguments(mask)
-        extra.pop("ffn_bank")
+        mask = batch[1]
+        extra = {key: value for key, value in gpt2.trunk(model).block_arguments(mask).items() if key != "ffn_bank"}
 
         def compare(layer: int, x: Tensor, wanted: Tensor) -> None:
             with torch.enable_grad():
@@ -100,18 +104,7 @@ class EfficientAttention(Rewrite):
                 error = (found - wanted[mask].detach()).float().square().mean()
                 learn(error / wanted[mask].float().var(0, unbiased=False).mean().clamp_min(1e-12))
 
-        hooks = [
-            gpt2.attention(original, source).register_forward_hook(
-                lambda _, given, output, layer=layer: compare(layer, given[0], output[0])
-            )
-            for layer, source in places.items()
-        ]
-        try:
-            with torch.no_grad():
-                gpt2.run_blocks(original, gpt2.embed(original, ids), 0, 1 + max(places.values()))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        attentions_of(context.original, places, batch, compare)
 
     def trainable(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
         return [
@@ -124,3 +117,25 @@ class EfficientAttention(Rewrite):
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
         raise UserError(f"attention of {self.name} is not plain GPT-2's, which cannot express it")
+
+
+@torch.no_grad()
+def attentions_of(
+    original: GPT2LMHeadModel,
+    places: Mapping[int, int],
+    batch: tuple[Tensor, Tensor],
+    take: Callable[[int, Tensor, Tensor], None],
+) -> None:
+    """Call take(layer, what its attention gets, what it gives), float[rows, context, d], for a batch of text in the
+    original. places: layer, as `take` is to know it -> layer of the original."""
+    hooks = [
+        gpt2.attention(original, source).register_forward_hook(
+            lambda _, given, output, layer=layer: take(layer, given[0], output[0])
+        )
+        for layer, source in places.items()
+    ]
+    try:
+        gpt2.run_blocks(original, gpt2.embed(original, batch[0]), 0, 1 + max(places.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -8,13 +8,19 @@ estimate of softmax and underflowed to zeros; Hedgehog, Zhang et al., arXiv 2402
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import GPT2Config
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from .. import gpt2
 from ..errors import UserError
-from .efficient import EfficientAttention
+from ..modeling.performer import ESTIMATES
+from .base import FitContext
+from .efficient import EfficientAttention, attentions_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,35 @@ class Performer(EfficientAttention):
         found = super().resolved(base)
         assert isinstance(found, Performer)
         return dataclasses.replace(found, features=self._features(base))
+
+    def begin(self, model: GPT2LMHeadModel, context: FitContext, places: dict[int, int]) -> None:
+        """Of features that do not estimate softmax: how much their sum weighs beside the exact block, so that the mean
+        logarithm of its mass, head by head, is that of the softmax mass of the same tokens."""
+        if self.feature_map in ESTIMATES or not self.local or context.calibration is None:
+            return
+        sums: dict[int, Tensor] = {}
+        count: dict[int, int] = {}
+
+        def compare(layer: int, x: Tensor, _: Tensor) -> None:
+            attention = gpt2.attention(model, layer)
+            query, key, value = attention.heads(x, getattr(gpt2.trunk(model), "feature_bank", None))
+            tokens = mask.sum(1).min() // self.block * self.block  # whole blocks without a pad
+            query, key, value = (part[:, :, :tokens].unflatten(2, (-1, self.block)) for part in (query, key, value))
+            if query.shape[2] < 2:
+                return
+            mass = attention.scores.far.over_blocks(query, key, value, attention.scaling, {})[1][:, :, 1:]
+            scores = torch.einsum("bhnqd,bhmkd->bhnqmk", query[:, :, 1:].float(), key.float()) * attention.scaling
+            blocks = torch.arange(scores.shape[4], device=scores.device)
+            hidden = blocks > torch.arange(scores.shape[2], device=scores.device)[:, None]
+            exact = scores.masked_fill(hidden[:, None, :, None], -math.inf).flatten(-2).logsumexp(-1)
+            sums[layer] = sums.get(layer, 0) + (exact - mass).double().sum((0, 2, 3))
+            count[layer] = count.get(layer, 0) + mass[:, 0].numel()
+
+        for number, (ids, mask) in zip(range(4), context.batches(), strict=False):
+            context.progress(f"mass of features, batch {number + 1}")
+            attentions_of(context.original, places, (ids, mask), compare)
+        for layer, total in sums.items():
+            gpt2.put(gpt2.attention(model, layer).scores.far, "gain", total / count[layer])
 
     def knobs(self) -> dict[str, Any]:
         return {
