@@ -13,7 +13,8 @@ from transformers import GPT2Config
 from . import gpt2, models, run_folder
 from .checkpoint import shared_layers, structure_hash
 from .errors import UserError
-from .metrics.size import flops_per_token, parameters, predicted_bytes
+from .metrics.flops import flops_per_token
+from .metrics.size import parameters, predicted_bytes
 from .modeling.tversky_layers import tversky_places
 from .recipe import Recipe
 from .rewrites import Rewrite

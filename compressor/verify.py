@@ -16,7 +16,7 @@ from transformers import GPT2Config
 from . import artifacts, modeling
 from .checkpoint import find
 from .errors import UserError
-from .metrics.size import parameters
+from .metrics.size import parameters, stored_besides
 from .models import OpenModel, probe
 
 TOLERANCE = 1e-4  # on logits in float32: other kernels, other order of sums
@@ -164,13 +164,16 @@ def _refuse_foreign_code(opened: OpenModel) -> None:
 def _bytes(opened: OpenModel, count: int) -> Check:
     """The weight files hold every parameter once; what foreign checkpoints hold besides is told."""
     found = find(opened.name if opened.name == "demo" else str(opened.folder))
-    expected, foreign = count * opened.stored_dtype.itemsize, found.foreign_bytes
+    besides = stored_besides(opened.model)
+    expected, foreign = (count + besides) * opened.stored_dtype.itemsize, found.foreign_bytes
     ours = bool(getattr(opened.model.config, "compression", None))
     once = expected <= found.bytes - foreign <= expected + _HEADER * len(found.files)
     return Check(
         "bytes",
         once and not (ours and foreign),
-        f"{found.bytes:,} on disk for {count:,} parameters of {opened.stored_dtype.itemsize} bytes"
+        f"{found.bytes:,} on disk for {count:,} parameters"
+        + (f" and {besides:,} fixed numbers" if besides else "")
+        + f" of {opened.stored_dtype.itemsize} bytes"
         + (f" and {foreign:,} of other tensors" if foreign else ""),
     )
 

@@ -37,9 +37,10 @@ class CompressedAttention(GPT2Attention):
         attention_mask: Tensor | None = None,
         feature_bank=None,
         real: Tensor | None = None,
+        weights_too: bool = False,
         **kwargs,
     ):
-        """real: bool[batch, tokens so far], False = pad."""
+        """real: bool[batch, tokens so far], False = pad. weights_too: of attention in blocks, which else has none."""
         query, key, value = self.heads(hidden_states, feature_bank)
         if self.scores is None:
             mixed, weights = self._softmax(query, key, value, past_key_values, attention_mask, **kwargs)
@@ -47,6 +48,10 @@ class CompressedAttention(GPT2Attention):
             weights = None
             layer = state_layer(past_key_values, self.layer_idx)
             here = None if real is None else real[:, -hidden_states.shape[1] :]
+            if weights_too:
+                if layer is not None and layer.state:
+                    raise ValueError("attention in blocks keeps no weights of tokens before; pass use_cache=False")
+                weights = self.scores.weights(query, key, scaling=self.scaling, real=here)
             mixed = self.scores(query, key, value, scaling=self.scaling, real=here, layer=layer).transpose(1, 2)
         mixed = mixed.reshape(*hidden_states.shape)
         out = self.c_proj(mixed) if self.key_out is None else self.c_proj(mixed, feature_bank[self.key_out])

@@ -86,6 +86,18 @@ class BlockAttention(nn.Module):
             layer.keep(self._kept(state, query_all, key_all, value_all, fill + count, scaling), tokens)
         return out if order is None else _taken(out, order.argsort(dim=1))
 
+    def weights(self, query: Tensor, key: Tensor, *, scaling: float, real: Tensor | None = None) -> Tensor:
+        """How much of each token's value is in each output: float[batch, heads, tokens, tokens]. As large as what this
+        attention is there to avoid: to look at."""
+        shape, tokens = query.shape, query.shape[2]
+        eye = torch.eye(tokens, dtype=query.dtype, device=query.device)
+        parts = [
+            self(query, key, nn.functional.pad(part, (0, shape[3] - part.shape[1])).expand(shape), scaling=scaling,
+                 real=real)[..., : part.shape[1]]
+            for part in eye.split(shape[3], dim=1)
+        ]  # fmt: skip
+        return torch.cat(parts, -1)
+
     def _within(self, query: Tensor, key: Tensor, value: Tensor, fill: Tensor, scaling: float, state: State) -> Tensor:
         """All queries in the block under way, whose keys are given."""
         places = fill[:, None] + torch.arange(query.shape[2], device=fill.device)  # [batch, tokens]

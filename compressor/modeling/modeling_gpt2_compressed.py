@@ -63,14 +63,16 @@ class GPT2CompressedBlock(GPT2Block):
         ffn_bank: nn.ModuleList | None = None,
         feature_bank: nn.ModuleDict | None = None,
         real: Tensor | None = None,
+        weights_too: bool = False,
         **kwargs,
     ) -> Tensor:
+        extra = {"feature_bank": feature_bank, "real": real, "weights_too": weights_too} if self.other_attention else {}
         attention, _ = self.attn(
             self.ln_1(hidden_states),
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             use_cache=use_cache,
-            **({"feature_bank": feature_bank, "real": real} if self.other_attention else {}),
+            **extra,
             **kwargs,
         )
         hidden_states = hidden_states + attention
@@ -138,6 +140,8 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
 
     def forward(self, input_ids=None, past_key_values=None, attention_mask=None, *args, **kwargs):
         own = self.block_arguments(attention_mask)
+        if self.config.efficient_attention:
+            own["weights_too"] = bool(kwargs.get("output_attentions", self.config.output_attentions))
         return super().forward(input_ids, past_key_values, attention_mask, *args, **{**kwargs, **own})
 
 

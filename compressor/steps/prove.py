@@ -9,7 +9,8 @@ import torch
 
 from .. import artifacts, models, verify
 from ..errors import UserError
-from ..metrics.size import flops_per_token, parameters, weight_bytes
+from ..metrics.flops import flops_per_token
+from ..metrics.size import parameters, weight_bytes
 from ..rewrites import from_record
 from ..session import Session
 

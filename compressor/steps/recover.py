@@ -13,7 +13,8 @@ from .. import artifacts, data, models, run_folder, training_state, verify
 from ..errors import UserError
 from ..finetune import Recovery, StateFolder, control_train, resolve_train
 from ..finetune import finetune as recover
-from ..metrics.size import flops_per_token, parameters, weight_bytes
+from ..metrics.flops import flops_per_token
+from ..metrics.size import parameters, weight_bytes
 from ..models import Checkpoint, OpenModel
 from ..recipe import Finetune
 from ..rewrites import Rewrite, from_record

@@ -10,7 +10,8 @@ from typing import Any
 from .. import artifacts, models, run_folder, verify
 from ..data import TokenBlocks
 from ..errors import UserError
-from ..metrics.size import flops_per_token, non_zero, parameters, weight_bytes
+from ..metrics.flops import flops_per_token
+from ..metrics.size import non_zero, parameters, weight_bytes
 from ..models import OpenModel
 from ..rewrites import Rewrite
 from ..rewrites.base import WindowRewrite
