@@ -98,7 +98,9 @@ def structure_hash(config: GPT2Config) -> str:
         [layer, target, numbers[place.key], *(place.entry[name] for name in FORM)]
         for (layer, target), place in places.items()
     ]
-    return hashlib.sha256(json.dumps([shapes, shared_layers(config), uses]).encode()).hexdigest()[:12]
+    attention = [[*entry.items()] for entry in getattr(config, "efficient_attention", None) or []]
+    told = [shapes, shared_layers(config), uses, *([sorted(map(sorted, attention))] if attention else [])]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
 def shared_layers(config: GPT2Config) -> list[list[int]]:

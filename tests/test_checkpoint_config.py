@@ -11,7 +11,7 @@ from conftest import make_config
 
 from compressor.checkpoint import build, read_config, structure_hash
 from compressor.errors import UserError
-from compressor.metrics.size import flops_per_token
+from compressor.metrics.flops import flops_per_token
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import structure
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 from transformers import GPT2Config, PreTrainedModel
 
 from ..gpt2 import d_ff
+from ..modeling.performer import PAIRED
 from ..modeling.tversky_layers import tversky_places
 
 
@@ -102,7 +103,7 @@ def _attention(config: GPT2Config, entry: Mapping[str, Any], context: int) -> in
     else:
         features = entry["features"]
         maps = 0 if entry["feature_map"] == "elu" else 4 * d * features
-        if entry["feature_map"] in ("favor_hyp", "learned"):
+        if entry["feature_map"] in PAIRED:
             maps //= 2  # of each direction w also -w
         far = maps + 4 * d * features
         if not entry["local"]:

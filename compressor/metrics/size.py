@@ -1,4 +1,4 @@
-"""How big a model is: parameters counted once, bytes of its weight files, operations per token."""
+"""How big a model is: parameters counted once, bytes of its weight files and cache, operations per token."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..models import OpenModel, weight_files
 from .base import MetricResult, Progress
+from .cache import cache_bytes
 from .flops import flops_per_token
 
 SETTINGS = frozenset({"context"})
@@ -76,7 +77,8 @@ def predicted_bytes(count: int, dtype: torch.dtype) -> int:
 def measure(
     subject: OpenModel, data: None = None, *, progress: Progress | None = None, context: int | None = None
 ) -> list[MetricResult]:
-    """Parameters, bytes of the weight files and FLOPs per token at `context` (default n_positions)."""
+    """Parameters, bytes of the weight files, FLOPs per token and cache of one sequence at `context` (default
+    n_positions)."""
     model = subject.model
     context = model.config.n_positions if context is None else context
     if not isinstance(context, int) or isinstance(context, bool) or context < 1:
@@ -118,5 +120,14 @@ def measure(
             model.config.n_layer,
             None,
             {"protocol": "forward pass, a multiply-add is 2", "context": context},
+        ),
+        MetricResult(
+            "cache_bytes",
+            cache_bytes(model.config, context, model.dtype.itemsize),
+            "bytes",
+            False,
+            model.config.n_layer,
+            None,
+            {"protocol": "the most up to a context, one sequence", "context": context},
         ),
     ]

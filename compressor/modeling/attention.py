@@ -14,6 +14,8 @@ from .nystromformer import NystromFar
 from .performer import PerformerFar
 from .tversky_layers import TverskyPlace, TverskyQKV
 
+KINDS = ("linformer", "nystromformer", "performer")  # of what may stand for completed blocks
+
 
 class CompressedAttention(GPT2Attention):
     """found: target -> place of its Tversky projections; entry: of the config's `efficient_attention`, None = GPT-2's

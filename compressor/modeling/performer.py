@@ -19,6 +19,7 @@ from .block_attention import Far, State
 
 MAPS = ("favor+", "favor_hyp", "relu", "elu", "learned")
 ESTIMATES = ("favor+", "favor_hyp")  # of softmax's own numbers
+PAIRED = ("favor_hyp", "learned")  # each direction is used with both signs
 _LEAST = 1e-6  # of a relu feature: its logarithm is finite
 
 
@@ -29,10 +30,10 @@ class PerformerFar(Far):
         super().__init__()
         if feature_map not in MAPS:
             raise ValueError(f"feature_map is {feature_map!r}; allowed: {', '.join(MAPS)}")
-        if feature_map in ("favor_hyp", "learned") and features % 2:
+        if feature_map in PAIRED and features % 2:
             raise ValueError(f"{feature_map} takes features in pairs; features is {features}")
         self.feature_map, self.seed, self.features, self.local = feature_map, seed, features, local
-        rows = features // 2 if feature_map in ("favor_hyp", "learned") else features
+        rows = features // 2 if feature_map in PAIRED else features
         weight = torch.empty(heads, rows, head_dim)
         if feature_map == "learned":
             self.weight = nn.Parameter(weight)

@@ -15,7 +15,7 @@ MISSING = "-"
 
 # What the metrics that can be asked for give; one that is not named here gives a figure of its own name.
 GIVES: dict[str, tuple[str, ...]] = {
-    "size": ("parameters", "bytes", "flops_per_token"),
+    "size": ("parameters", "bytes", "flops_per_token", "cache_bytes"),
     "perplexity": ("perplexity", "word_perplexity"),
     "latency": ("prefill_latency", "decode_latency"),
     "imdb": ("imdb_accuracy",),

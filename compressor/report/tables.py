@@ -62,6 +62,12 @@ def sizes(report: Report, gaps: Gaps) -> Table | None:
         "FLOPs ratio": column("flops_per_token", lambda row, item: _ratio(report, row, item)),
     }
     note = "Sharing saves bytes, not operations. Zeros of a pruned model are stored like any other number."
+    contexts = {item.settings["context"] for row in report.rows if (item := row.find("cache_bytes"))}
+    if contexts:
+        columns["cache"] = column("cache_bytes", lambda row, item: f"{scaled(item.value)}B")
+        columns["cache ratio"] = column("cache_bytes", lambda row, item: _ratio(report, row, item))
+        lengths = " or ".join(f"{context:,}" for context in sorted(contexts))
+        note += f" Cache: the most that generation keeps for one sequence of {lengths} tokens."
     return layout.make(columns, "Size", note)
 
 

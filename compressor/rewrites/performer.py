@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2
 from ..errors import UserError
-from ..modeling.performer import ESTIMATES
+from ..modeling.performer import ESTIMATES, PAIRED
 from .base import FitContext
 from .efficient import EfficientAttention, attentions_of
 
@@ -41,7 +41,9 @@ class Performer(EfficientAttention):
         width, count = base.n_embd // base.n_head, self._features(base)
         if count < 1 or (self.feature_map == "elu" and count != width):
             raise UserError(f"performer: features is {count} with {self.feature_map}; allowed: 1 or more, elu: {width}")
-        if self.feature_map in ("favor_hyp", "learned") and count % 2:
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"performer: seed is {self.seed}; allowed: 0 or more")
+        if self.feature_map in PAIRED and count % 2:
             raise UserError(f"performer: {self.feature_map} takes features in pairs; features is {count}")
 
     def _features(self, base: GPT2Config) -> int:
