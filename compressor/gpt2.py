@@ -62,6 +62,13 @@ def linear(model: PreTrainedModel, layer: int, leaf: str) -> tuple[Tensor, Tenso
     return found.weight.detach(), found.bias.detach()
 
 
+def queries_keys_values(model: PreTrainedModel, layer: int, x: Tensor) -> list[Tensor]:
+    """Of a plain GPT-2's attention for x float[batch, tokens, d]: float[batch, heads, tokens, head_dim] each."""
+    own = attention(model, layer)
+    parts = own.c_attn(x).split(own.split_size, dim=-1)
+    return [part.unflatten(-1, (own.num_heads, own.head_dim)).transpose(1, 2) for part in parts]
+
+
 def linear_key(layer: int, leaf: str, name: str) -> str:
     """The state-dict key of a tensor ("weight" or "bias") of a linear, queries, keys and values as parts of c_attn."""
     path = {"attn.o": "attn.c_proj"}.get(leaf, leaf.replace("attn.", "attn.c_attn."))

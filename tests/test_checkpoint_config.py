@@ -1,4 +1,4 @@
-"""Tversky's part of a config.json: what is damaged or contradicts itself is one clear line, what fits can be built."""
+"""A config.json's parts of Tversky and of attention in blocks: what is damaged or contradicts itself is one clear line, what fits can be built."""
 
 from __future__ import annotations
 
@@ -158,3 +158,64 @@ def test_structures_tell_shared_and_unshared_banks_apart():
     assert named[0] == named[1]  # a name is no structure
     alone = [structure_hash(rewritten({"targets": ["c_fc"], "share": share})) for share in ("none", "layer")]
     assert alone[0] == alone[1]  # a bank for each layer, whatever it is called
+
+
+# ---------------------------------------------------------------- attention in blocks
+
+
+def attending(*records):
+    return structure([from_record(record).resolved(BASE) for record in records], BASE).efficient_attention
+
+
+BLOCKS = {
+    "linformer": attending({"rewrite": "linformer", "layers": [0, 3]})[0],
+    "nystromformer": attending({"rewrite": "nystromformer", "inverse": "newton"})[0],
+    "performer": attending({"rewrite": "performer", "feature_map": "favor_hyp"})[0],
+}
+
+
+def test_what_the_rewrites_of_attention_make_is_read(read):
+    hashes = {structure_hash(read(None))}
+    for entry in BLOCKS.values():
+        config = read(None, efficient_attention=[entry])
+        build(config)
+        assert flops_per_token(config) > 0
+        hashes |= {structure_hash(config), structure_hash(read(None, efficient_attention=[{**entry, "block": 9}]))}
+    assert len(hashes) == 7
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, entry in BLOCKS.items() for key in entry])
+def test_whatever_stands_in_a_key_of_attention_it_is_read_or_refused_in_one_line(read, kind, key):
+    refused = 0
+    for junk in [*JUNK, 1 << 70, -7]:
+        try:
+            config = read(None, efficient_attention=[{**BLOCKS[kind], key: junk}])
+        except UserError as error:
+            assert "\n" not in str(error) and "efficient_attention" in str(error) and len(str(error)) < 400
+            refused += 1
+        else:
+            build(config)
+    assert refused >= 12
+    with pytest.raises(UserError, match=rf"has no {key} in entry 0 of efficient_attention; allowed: [^\n]+$"):
+        read(None, efficient_attention=[{name: value for name, value in BLOCKS[kind].items() if name != key}])
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ("all", "has 'all' as efficient_attention; allowed: a list"),
+        ([None], "has None as entry 0 of efficient_attention; allowed: a mapping"),
+        ([{**BLOCKS["linformer"], "slots": 65}], "has 65 as slots in entry 0 of efficient_attention; allowed: 1 to 64"),
+        ([{**BLOCKS["linformer"], "kind": "longformer"}], "allowed: linformer, nystromformer, performer"),
+        (
+            [{**BLOCKS["performer"], "features": 9}],
+            "has 9 as features in entry 0 of efficient_attention; allowed: 2 to",
+        ),
+        ([{**BLOCKS["performer"], "feature_map": "elu", "features": 16}], "allowed: 8, a head's width"),
+        ([BLOCKS["linformer"], {**BLOCKS["performer"], "layers": [3]}], "has layer 3 twice in efficient_attention"),
+    ],
+)
+def test_attention_that_does_not_fit(read, entries, said):
+    with pytest.raises(UserError) as caught:
+        read(None, efficient_attention=entries)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

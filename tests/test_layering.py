@@ -169,6 +169,7 @@ SPELLED = {
     "capture": {"c_fc", "c_proj", "c_attn"},  # where the hooks sit
     "rewrites.base": {"h", "ln_1", "ln_2", "mlp", "attn"},  # sites are GPT-2's own paths
     "rewrites.compressed_n": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "ln_1", "ln_2"},  # combines whole blocks
+    "rewrites.efficient": {"attn"},  # a site is GPT-2's own path
     "rewrites.merged_n": {"c_fc", "c_proj"},  # both linears in turn
     "rewrites.soft_shared": {"c_fc", "c_proj"},
     "rewrites.tversky": {"c_fc", "lm_head", "h"},  # a recipe's words for what projections stand for

@@ -61,7 +61,14 @@ class BlockAttention(nn.Module):
         real: Tensor | None = None,
         layer: StateLayer | None = None,
     ) -> Tensor:
-        """real: bool[batch, tokens], False = pad; None: none is. layer: of a cache, which is brought up to date."""
+        """real: bool[batch, tokens], False = pad; None: none is. layer: of a cache, which is brought up to date.
+        Autocast does not reach in: what is float32 here, logarithms above all, has to be."""
+        with torch.autocast(query.device.type, enabled=False):
+            return self._mixed(query, key, value, scaling, real, layer)
+
+    def _mixed(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, real: Tensor | None, layer: StateLayer | None
+    ) -> Tensor:
         tokens = query.shape[2]
         order = None if real is None or bool(real.all()) else (~real).long().argsort(dim=1, stable=True)
         count = torch.full((len(query),), tokens, device=query.device) if real is None else real.sum(1)

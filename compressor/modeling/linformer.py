@@ -41,7 +41,7 @@ class LinformerFar(Far):
 
     def summaries(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, heads, blocks, block, head_dim] -> [batch, heads, blocks, slots, head_dim] of keys and values."""
-        return self.keys[:, None] @ key, self.values[:, None] @ value
+        return self.keys[:, None].to(key.dtype) @ key, self.values[:, None].to(value.dtype) @ value
 
     def over_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State

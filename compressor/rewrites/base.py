@@ -149,6 +149,10 @@ class Rewrite(ABC):
         """Weights of linears with a mask (bool, of their shape) of the entries that every training must leave at 0."""
         return []
 
+    def beside_adapters(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
+        """What `--train lora` tunes besides adapters: parameters of no linear, which adapters stand for."""
+        return []
+
     def penalty(self, model: GPT2LMHeadModel) -> Tensor | None:
         """A term to add to the training loss, already normalised."""
         return None

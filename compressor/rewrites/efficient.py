@@ -95,12 +95,15 @@ class EfficientAttention(Rewrite):
         learn: Loss,
     ) -> None:
         """Hand `learn` the relative squared error of each layer's attention output for one batch of text."""
-        mask = batch[1]
-        extra = {key: value for key, value in gpt2.trunk(model).block_arguments(mask).items() if key != "ffn_bank"}
+        mask, original = batch[1], context.original
 
         def compare(layer: int, x: Tensor, wanted: Tensor) -> None:
+            query, key, value = (part.detach() for part in gpt2.queries_keys_values(original, places[layer], x))
+            scaling = gpt2.attention(original, places[layer]).scaling
+            weight, bias = gpt2.linear(original, places[layer], "attn.o")
             with torch.enable_grad():
-                found = gpt2.attention(model, layer)(x.detach(), **extra)[0][mask]
+                mixed = gpt2.attention(model, layer).scores(query, key, value, scaling=scaling, real=mask)
+                found = torch.addmm(bias, mixed.transpose(1, 2).flatten(2)[mask], weight)
                 error = (found - wanted[mask].detach()).float().square().mean()
                 learn(error / wanted[mask].float().var(0, unbiased=False).mean().clamp_min(1e-12))
 
@@ -114,6 +117,9 @@ class EfficientAttention(Rewrite):
             for layer in entry["layers"]
             for parameter in gpt2.attention(model, layer).scores.parameters()
         ]
+
+    def beside_adapters(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
+        return self.trainable(model)
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
         raise UserError(f"attention of {self.name} is not plain GPT-2's, which cannot express it")

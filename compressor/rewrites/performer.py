@@ -61,17 +61,18 @@ class Performer(EfficientAttention):
         if self.feature_map in ESTIMATES or not self.local or context.calibration is None:
             return
         sums: dict[int, Tensor] = {}
+        original = context.original
         count: dict[int, int] = {}
 
         def compare(layer: int, x: Tensor, _: Tensor) -> None:
-            attention = gpt2.attention(model, layer)
-            query, key, value = attention.heads(x, getattr(gpt2.trunk(model), "feature_bank", None))
+            far, scaling = gpt2.attention(model, layer).scores.far, gpt2.attention(original, places[layer]).scaling
+            query, key, value = gpt2.queries_keys_values(original, places[layer], x)
             tokens = mask.sum(1).min() // self.block * self.block  # whole blocks without a pad
             query, key, value = (part[:, :, :tokens].unflatten(2, (-1, self.block)) for part in (query, key, value))
             if query.shape[2] < 2:
                 return
-            mass = attention.scores.far.over_blocks(query, key, value, attention.scaling, {})[1][:, :, 1:]
-            scores = torch.einsum("bhnqd,bhmkd->bhnqmk", query[:, :, 1:].float(), key.float()) * attention.scaling
+            mass = far.over_blocks(query, key, value, scaling, {})[1][:, :, 1:]
+            scores = torch.einsum("bhnqd,bhmkd->bhnqmk", query[:, :, 1:].float(), key.float()) * scaling
             blocks = torch.arange(scores.shape[4], device=scores.device)
             hidden = blocks > torch.arange(scores.shape[2], device=scores.device)[:, None]
             exact = scores.masked_fill(hidden[:, None, :, None], -math.inf).flatten(-2).logsumexp(-1)
