@@ -13,8 +13,9 @@ from transformers import GPT2Config
 from . import gpt2, models, run_folder
 from .checkpoint import shared_layers, structure_hash
 from .errors import UserError
+from .metrics.cache import cache_bytes
 from .metrics.flops import flops_per_token
-from .metrics.size import parameters, predicted_bytes
+from .metrics.size import parameters, predicted_bytes, stored_besides
 from .modeling.tversky_layers import tversky_places
 from .recipe import Recipe
 from .rewrites import Rewrite
@@ -56,10 +57,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "parameters": after,
         "parameters_before": before,
         "ratio": after / before,
-        "bytes": predicted_bytes(after, found.dtype),
+        "bytes": predicted_bytes(after + stored_besides(models.build(result)), found.dtype),
         "bytes_before": found.bytes,
         "flops_per_token": flops_per_token(result),
         "flops_per_token_before": flops_per_token(config),
+        "cache_bytes": cache_bytes(result),
+        "cache_bytes_before": cache_bytes(config),
         "flops_to_make": work,
         "seconds_to_make": round(work / _measured_flops(), 1),
     }
@@ -157,6 +160,7 @@ def inspect(path: str) -> dict[str, Any]:
         "dtype": str(found.dtype).removeprefix("torch."),
         "bytes": found.bytes,
         "flops_per_token": flops_per_token(config),
+        "cache_bytes": cache_bytes(config),
     }
     if report:
         body["made_by"] = report["provenance"]

@@ -120,8 +120,11 @@ def save(model: GPT2LMHeadModel, folder: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def probe(model: GPT2LMHeadModel) -> dict[str, Any]:
-    """A short fixed input and some of the logits it gives: lets a fresh process prove that it opened this model."""
-    vocabulary, length = model.config.vocab_size, min(24, model.config.n_positions)
+    """A short fixed input, beyond two blocks of attention in blocks, and some of the logits it gives: lets a fresh
+    process prove that it opened this model."""
+    blocks = [entry["block"] for entry in getattr(model.config, "efficient_attention", None) or []]
+    length = min(max([24, *(2 * block + 8 for block in blocks)]), model.config.n_positions)
+    vocabulary = model.config.vocab_size
     ids = [(7919 * i + 13) % vocabulary for i in range(length)]
     tokens = [(104729 * i) % vocabulary for i in range(16)]
     device = next(model.parameters()).device

@@ -24,7 +24,8 @@ def main(folder: str, sentence: str) -> dict:
     model, loading = opened
     model.eval()
     config = model.config
-    length = min(24, config.n_positions)
+    blocks = [entry["block"] for entry in getattr(config, "efficient_attention", None) or []]
+    length = min(max([24, *(2 * block + 8 for block in blocks)]), config.n_positions)  # as models.probe's
     ids = torch.tensor(
         [
             [(7919 * i + 13) % config.vocab_size for i in range(length)],

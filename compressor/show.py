@@ -24,6 +24,7 @@ def plan(body: dict[str, Any]) -> str:
             f"parameters       {_change(body['parameters_before'], body['parameters'])}",
             f"bytes            {_change(body['bytes_before'], body['bytes'])}",
             f"FLOPs per token  {_change(body['flops_per_token_before'], body['flops_per_token'])}",
+            f"cache            {_change(body['cache_bytes_before'], body['cache_bytes'])}",
             f"time to make     about {body['seconds_to_make']:.0f} s here",
             *([f"note             {note}"] if (note := _twins(body)) else []),
             *(
@@ -69,6 +70,7 @@ def rewrite(folder: str, body: dict[str, Any]) -> str:
             f"parameters       {_change(body['parameters_before'], body['parameters'])}",
             f"bytes            {_change(body['bytes_before'], body['bytes'])}",
             f"FLOPs per token  {_change(body['flops_per_token_before'], body['flops_per_token'])}",
+            f"cache            {_change(body['cache_bytes_before'], body['cache_bytes'])}",
         ]
     )
 
@@ -92,6 +94,7 @@ def model(body: dict[str, Any]) -> str:
             "dtype",
             "bytes",
             "flops_per_token",
+            "cache_bytes",
         )
     ]
     for record in body["compression"]:

@@ -236,3 +236,10 @@ def test_files_hold_fixed_directions_and_verify_counts_them(make, tmp_path):
     model.save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     assert 0 < size - 4 * (parameters(model) + stored_besides(model)) < 16384
+
+
+def test_a_proof_looks_beyond_a_block(make):
+    """A leak between blocks is none within the first."""
+    _, model = make({"rewrite": "linformer", "block": 20, "slots": 2})
+    assert len(models.probe(model)["ids"]) == 48
+    assert len(models.probe(toy_gpt2())["ids"]) == 24

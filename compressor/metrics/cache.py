@@ -8,15 +8,16 @@ from typing import Any
 from transformers import GPT2Config
 
 
-def cache_bytes(config: GPT2Config, context: int, itemsize: int) -> int:
-    """The most bytes that the caches of all layers hold for one sequence of up to `context` tokens. itemsize: bytes of
-    a number of the model's dtype.
+def cache_bytes(config: GPT2Config, context: int | None = None, itemsize: int = 4) -> int:
+    """The most bytes that the caches of all layers hold for one sequence of up to `context` tokens (default
+    n_positions). itemsize: bytes of a number of the dtype that is computed in, default float32's.
 
     Softmax over all tokens keeps 2 d numbers a token. Attention in blocks of c tokens keeps as many for the block under
     way, and for the completed ones: linformer 2 d for each summary, nystromformer 2 d a token (3 d with the
     pseudo-inverse, which needs queries), performer head_dim + 2 float32 for each feature of each head, whatever the
     length.
     """
+    context = config.n_positions if context is None else context
     entries = getattr(config, "efficient_attention", None) or []
     plain = config.n_layer - sum(len(entry["layers"]) for entry in entries)
     found = plain * 2 * config.n_embd * context * itemsize

@@ -202,7 +202,7 @@ def _recovery(made: Mapping[str, Any]) -> str:
 
 
 def _sizes(made: Mapping[str, Any]) -> Table:
-    shown = {"layers": "{:,}", "parameters": "{:,}", "bytes": "{:,}", "flops_per_token": None}
+    shown = {"layers": "{:,}", "parameters": "{:,}", "bytes": "{:,}", "flops_per_token": None, "cache_bytes": None}
     body = []
     for key, form in shown.items():
         before, after = made.get(f"{key}_before"), made.get(key)

@@ -13,6 +13,7 @@ from .. import artifacts, data, models, run_folder, training_state, verify
 from ..errors import UserError
 from ..finetune import Recovery, StateFolder, control_train, resolve_train
 from ..finetune import finetune as recover
+from ..metrics.cache import cache_bytes
 from ..metrics.flops import flops_per_token
 from ..metrics.size import parameters, weight_bytes
 from ..models import Checkpoint, OpenModel
@@ -274,6 +275,7 @@ def _save(
             "parameters": count,
             "bytes": weight_bytes(folder),
             "flops_per_token": flops_per_token(opened.model),
+            "cache_bytes": cache_bytes(opened.model.config),
         }
         original = {**sizes, "bytes": weight_bytes(opened.folder)}  # the control's; a rewritten model's report tells
         body = {

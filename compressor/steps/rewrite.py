@@ -10,6 +10,7 @@ from typing import Any
 from .. import artifacts, models, run_folder, verify
 from ..data import TokenBlocks
 from ..errors import UserError
+from ..metrics.cache import cache_bytes
 from ..metrics.flops import flops_per_token
 from ..metrics.size import non_zero, parameters, weight_bytes
 from ..models import OpenModel
@@ -100,6 +101,8 @@ def write_model(
             "bytes_before": weight_bytes(base.folder),
             "flops_per_token": flops_per_token(model),
             "flops_per_token_before": flops_per_token(base.model),
+            "cache_bytes": cache_bytes(model.config),
+            "cache_bytes_before": cache_bytes(base.model.config),
             "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
             "probe": models.probe(model.float()),  # of the saved numbers: `model` has become the files' dtype
         }
