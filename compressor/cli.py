@@ -232,8 +232,11 @@ def _study(options: argparse.Namespace, overrides: list[str], notices: list[str]
     folder = options.run or pipeline.run_name(options.study)
     given, session = _seeded(options, overrides), _session(options, notices)
     columns = pipeline.Columns(options.text_column, options.split)
-    if isinstance(study, studies.CountStudy):
-        counted = studies.run_counts(study, folder, given, session, columns=columns)
+    if isinstance(study, studies.CountStudy | studies.MeasuredStudy):
+        if isinstance(study, studies.CountStudy):
+            counted = studies.run_counts(study, folder, given, session, columns=columns)
+        else:
+            counted = studies.run_measured(study, folder, overrides, session, columns=columns)
         told = report.text(counted.tables, counted.findings)
         return _print(options, counted.body, f"{told}\n\n{show.written(str(folder))}")
     result = studies.run_study(

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2
 from ..errors import UserError
-from ..modeling.performer import ESTIMATES, PAIRED
+from ..modeling.performer import ESTIMATES, PAIRED, PerformerFar
 from .base import FitContext
 from .efficient import EfficientAttention, attentions_of
 
@@ -71,13 +71,9 @@ class Performer(EfficientAttention):
             query, key, value = (part[:, :, :tokens].unflatten(2, (-1, self.block)) for part in (query, key, value))
             if query.shape[2] < 2:
                 return
-            mass = far.over_blocks(query, key, value, scaling, {})[1][:, :, 1:]
-            scores = torch.einsum("bhnqd,bhmkd->bhnqmk", query[:, :, 1:].float(), key.float()) * scaling
-            blocks = torch.arange(scores.shape[4], device=scores.device)
-            hidden = blocks > torch.arange(scores.shape[2], device=scores.device)[:, None]
-            exact = scores.masked_fill(hidden[:, None, :, None], -math.inf).flatten(-2).logsumexp(-1)
-            sums[layer] = sums.get(layer, 0) + (exact - mass).double().sum((0, 2, 3))
-            count[layer] = count.get(layer, 0) + mass[:, 0].numel()
+            missing = missing_mass(far, query, key, value, scaling)
+            sums[layer] = sums.get(layer, 0) + missing.double().sum((0, 2, 3))
+            count[layer] = count.get(layer, 0) + missing[:, 0].numel()
 
         for number, (ids, mask) in zip(range(4), context.batches(), strict=False):
             context.progress(f"mass of features, batch {number + 1}")
@@ -96,3 +92,13 @@ class Performer(EfficientAttention):
     @classmethod
     def neutral(cls, base: GPT2Config) -> Performer:
         return cls(block=base.n_positions)
+
+
+def missing_mass(far: PerformerFar, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """What the logarithm of the far part's mass lacks of that of the softmax of the same tokens: float32[batch, heads,
+    blocks - 1, block], of query, key, value float[batch, heads, blocks, block, head_dim]."""
+    mass = far.over_blocks(query, key, value, scaling, {})[1][:, :, 1:]
+    scores = torch.einsum("bhnqd,bhmkd->bhnqmk", query[:, :, 1:].float(), key.float()) * scaling
+    blocks = torch.arange(scores.shape[4], device=scores.device)
+    hidden = blocks > torch.arange(scores.shape[2], device=scores.device)[:, None]
+    return scores.masked_fill(hidden[:, None, :, None], -math.inf).flatten(-2).logsumexp(-1) - mass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifacts, report
+from ..artifacts import Provenance
 from ..errors import UserError
 from ..report.content import Content, made_by
 from ..report.layout import Table
@@ -60,17 +61,32 @@ def run_counts(
     counted = study.count()
     with session.alone() as here:
         if here:
-            _write(study, folder, counted, session)
+            origin = artifacts.provenance(
+                seed=session.seed,
+                base_model="none: structures of configs",
+                base_hash="",
+                device="meta",
+                dtype="float32",
+            )
+            publish(study.name, study.title, folder, counted, origin)
     return counted
 
 
-def _write(study: CountStudy, folder: Path, counted: Counts, session: Session) -> None:
-    origin = artifacts.provenance(
-        seed=session.seed, base_model="none: structures of configs", base_hash="", device="meta", dtype="float32"
+def joined(parts: Sequence[Counts]) -> Counts:
+    """One report of several parts, in their order."""
+    return Counts(
+        body={name: value for part in parts for name, value in part.body.items()},
+        tables=tuple(table for part in parts for table in part.tables),
+        findings=tuple(line for part in parts for line in part.findings),
+        pictures=tuple(picture for part in parts for picture in part.pictures),
     )
+
+
+def publish(name: str, title: str, folder: Path, counted: Counts, origin: Provenance) -> None:
+    """Write report.json, report.md, report.html and the plots of a study."""
     main, *tables = counted.tables
     told = Content(
-        title=study.title,
+        title=title,
         tiles=(),
         findings=counted.findings,
         workflow=(),
@@ -84,4 +100,4 @@ def _write(study: CountStudy, folder: Path, counted: Counts, session: Session) -
         command=origin.command,
     )
     files = [*report.FILES, *(picture.file for picture in counted.pictures)]
-    report.publish(folder, told, "counts", {"study": study.name, **counted.body}, origin, instead_of=files)
+    report.publish(folder, told, "counts", {"study": name, **counted.body}, origin, instead_of=files)
