@@ -116,18 +116,24 @@ def _measure(settings: AttentionSettings, subject: _Subject, kept: Kept, session
     compared = [*every, *only_likeness(settings.slots, settings.features)]
     plans = {length: every if length == settings.knob_length else middle(every) for length in settings.lengths}
     inputs = _inputs(settings, subject, session)
-    total = sum((settings.repeats + 2) * len(plan) for plan in plans.values()) + len(inputs) * len(compared)
+    runs = {_at(length): (settings.repeats + 2) * len(plan) for length, plan in plans.items()}
+    runs |= {heads.name: len(compared) for heads in inputs}
+    total = sum(count for name, count in runs.items() if name not in kept.records)
     costs: list[Cost] = []
     matches: list[Match] = []
     with session.bar("attention", total=total, unit="run") as bar:
         for length, plan in plans.items():
-            found = kept.get(f"{length} tokens", partial(_costs, settings, length, plan, session, bar.update))
+            found = kept.get(_at(length), partial(_costs, settings, length, plan, session, bar.update))
             costs += (Cost(kind, length, **found[kind.name]) for kind in plan)
         for heads in inputs:
             found = kept.get(heads.name, partial(_matches, settings, heads, compared, session, bar.update))
             matches += (Match(kind, heads.name, **found[kind.name]) for kind in (*compared, UNIFORM))
     norms = {heads.name: heads.norms for heads in inputs}
     return report_of(Measured(dataclasses.asdict(settings), tuple(costs), tuple(matches), norms))
+
+
+def _at(length: int) -> str:
+    return f"{length} tokens"
 
 
 ATTENTION = MeasuredStudy("attention", "Causal attentions: time, memory, likeness", AttentionSettings, _begin, _measure)

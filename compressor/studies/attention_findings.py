@@ -144,8 +144,8 @@ def _log_mass(measured: Measured) -> str:
         told.append(f"{heads} {before:.2f} to {after:.2f}")
         halved += after <= before / 2
     said = (
-        f"Log-mass: output error of {own.name} without it and with it: {'; '.join(told)}. At least halved in {halved} of "
-        f"{len(told)}"
+        f"Log-mass: output error of {own.name} without it and with it: {'; '.join(told)}. At least halved in "
+        f"{halved} of {len(told)}"
     )
     return f"{said}; elsewhere one mean stands badly for tokens that differ." if halved < len(told) else f"{said}."
 

@@ -39,7 +39,7 @@ def pictures(measured: Measured) -> list[Picture]:
             Picture(
                 "attention_time.png",
                 "Time against length",
-                f"A forward pass of the attention alone, {shape}; median, and between the quartiles shaded. Below the "
+                f"A forward pass of the attention alone, {shape}; median, bars from quartile to quartile. Below the "
                 "line of sdpa an attention is faster than PyTorch's own kernel.",
                 _lengths(measured, lambda cost: cost.median_ms, "ms", spread=True),
             ),
@@ -100,15 +100,6 @@ def _powers(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xticks(values, [f"{value:,}" for value in values])
 
 
-def _decades(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
     """Every line once, above the panels."""
     named: dict[str, Any] = {}
@@ -124,12 +115,12 @@ def _lengths(measured: Measured, figure_of: Callable[[Cost], float], unit: str, 
     for kind in measured.main:
         course = measured.course(kind)
         x = [cost.length for cost in course]
-        axes.plot(x, [figure_of(cost) for cost in course], label=kind.name, zorder=3, **_style(kind))
-        if spread:
-            low, high = [cost.low_ms for cost in course], [cost.high_ms for cost in course]
-            axes.fill_between(x, low, high, color=_LOOKS[kind.line][0], alpha=0.15, linewidth=0)
+        y = [figure_of(cost) for cost in course]
+        quartiles = [[cost.median_ms - cost.low_ms, cost.high_ms - cost.median_ms] for cost in course]
+        errors = list(zip(*quartiles, strict=True)) if spread else None
+        axes.errorbar(x, y, yerr=errors, capsize=3, elinewidth=0.9, label=kind.name, zorder=3, **_style(kind))
     _powers(axes, measured.lengths)
-    _decades(axes)
+    drawing.log_scale(axes)
     axes.set_xlabel("tokens")
     axes.set_ylabel(unit)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), labelspacing=0.7)
@@ -151,7 +142,7 @@ def _costs(measured: Measured) -> Figure:
                 axes.axhline(
                     figure_of(found[kind]), color=colour, linestyle=stroke, linewidth=1.2, label=kind.name, zorder=2
                 )
-            _decades(axes)
+            drawing.log_scale(axes)
         line[0].set_ylabel(unit)
     _legend(figure, list(grid.flatten()), 5)
     return figure
@@ -166,7 +157,7 @@ def _errors(measured: Measured, shown: Sequence[str]) -> Figure:
         for axes, family in zip(line, KNOBS, strict=True):
             _by_knob(axes, {kind: match.frobenius for kind, match in found.items()}, family)
             axes.axhline(found[BLOCK].frobenius, color=GREY, linestyle=":", linewidth=1.6, label=BLOCK.name, zorder=2)
-            axes.set_ylim(bottom=0)
+        line[0].set_ylim(0, 1.08 * max(match.frobenius for match in found.values()))
         line[0].set_ylabel(f"matrix error\n{_heads(measured, heads)}")
     _legend(figure, list(grid.flatten()), 5)
     return figure

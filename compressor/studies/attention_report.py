@@ -91,9 +91,9 @@ def _likeness(measured: Measured) -> list[Table]:
     return [
         _by_heads(measured, lambda match: f"{match.frobenius:.3f}", "Matrix error",
                   "Frobenius norm of the difference to the exact attention matrix, over that of the exact one, mean "
-                  "over heads. Nothing is trained. block alone has no far part; uniform looks at neither queries nor keys; "
-                  "no log-mass: a summary weighs as one token; no window: the own block is features too. Lengths of "
-                  f"queries and keys, with the factor of the scores: {_norms(measured)}."),
+                  "over heads. Nothing is trained. block alone has no far part; uniform looks at neither queries nor "
+                  "keys; no log-mass: a summary weighs as one token; no window: the own block is features too. Lengths "
+                  f"of queries and keys, with the factor of the scores: {_norms(measured)}."),
         _by_heads(measured, lambda match: f"{match.variation:.3f}", "Total variation",
                   "The share of attention that is elsewhere: half the sum of |difference| of a row, mean over rows."),
         _by_heads(measured, lambda match: f"{match.cosine:.3f}", "Cosine of the matrices", "Each head as one vector."),
