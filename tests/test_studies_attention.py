@@ -10,6 +10,7 @@ import pytest
 from conftest import forced, tree
 
 from compressor.errors import UserError
+from compressor.report.layout import make
 from compressor.studies import STUDIES, attention, run_measured
 from compressor.studies.attention import AttentionSettings
 from compressor.studies.attention_figures import crossing
@@ -51,6 +52,8 @@ def test_command_line(run, tmp_path, small):
 
 
 def test_a_cut_one_goes_on(small, tmp_path, session, monkeypatch):
+    table = make({"attention": ["a"]})
+    monkeypatch.setattr(attention, "report_of", lambda measured: Counts(measured.body(), (table,), (), ()))  # no plots
     real, calls = attention._matches, []
 
     def cut(settings, heads, *rest):
