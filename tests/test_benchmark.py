@@ -75,6 +75,7 @@ def test_rows_hold_what_the_metrics_give_in_order(opened):
             "parameters",
             "bytes",
             "flops_per_token",
+            "cache_bytes",
             "perplexity",
             "word_perplexity",
         ]
@@ -292,7 +293,7 @@ def test_suites_of_the_package_can_be_run(name, opened):
     assert content["description"] and check_metrics(content["metrics"])
     report = benchmark({"one": opened["one"]}, content["metrics"], {"perplexity": TEXT}, origin=ORIGIN, quiet=True)
     measured = {result.metric for result in report.rows[0].results}
-    assert measured == {"perplexity", "word_perplexity", "parameters", "bytes", "flops_per_token",
+    assert measured == {"perplexity", "word_perplexity", "parameters", "bytes", "flops_per_token", "cache_bytes",
                         "prefill_latency", "decode_latency"}  # fmt: skip
 
 

@@ -363,7 +363,7 @@ def test_the_whole_pipeline_offline_on_a_local_model_and_text(tmp_path, tiny_fol
     assert {(row["model"], row["metric"]) for row in results} == {
         (model, metric)
         for model in ("original", "rewritten")
-        for metric in ("perplexity", "word_perplexity", "parameters", "bytes", "flops_per_token")
+        for metric in ("perplexity", "word_perplexity", "parameters", "bytes", "flops_per_token", "cache_bytes")
     }
     for row in results:
         assert {
@@ -387,7 +387,7 @@ def test_the_whole_pipeline_offline_on_a_local_model_and_text(tmp_path, tiny_fol
 
     said = run("inspect", "r", "--json")
     assert (said.code, said.err) == (0, "")
-    for key in ("layers", "parameters", "parameters_before", "flops_per_token"):
+    for key in ("layers", "parameters", "parameters_before", "flops_per_token", "cache_bytes"):
         assert said.json[key] == planned[key]
     assert said.json["bytes"] == Path("r/rewritten/model.safetensors").stat().st_size
 

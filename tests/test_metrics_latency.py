@@ -248,8 +248,14 @@ def test_together_and_one_by_one_stay_in_the_order_asked_for(tiny_folder):
     rows = {name: open_model(str(tiny_folder), device="cpu") for name in ("one", "two")}
     latency = {"metric": "latency", "prompt_tokens": 4, "new_tokens": 2, "repeats": 2, "warm_up": 0}
     for order, expected in (
-        (["size", latency], ["parameters", "bytes", "flops_per_token", "prefill_latency", "decode_latency"]),
-        ([latency, "size"], ["prefill_latency", "decode_latency", "parameters", "bytes", "flops_per_token"]),
+        (
+            ["size", latency],
+            ["parameters", "bytes", "flops_per_token", "cache_bytes", "prefill_latency", "decode_latency"],
+        ),
+        (
+            [latency, "size"],
+            ["prefill_latency", "decode_latency", "parameters", "bytes", "flops_per_token", "cache_bytes"],
+        ),
     ):
         report = benchmark(rows, order, {}, origin=ORIGIN, quiet=True)
         assert [[result.metric for result in row.results] for row in report.rows] == [expected] * 2
