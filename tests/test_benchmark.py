@@ -95,7 +95,7 @@ def test_json_body_is_flat_and_comes_back(opened):
         quiet=True,
     )
     body = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert len(body["results"]) == 2 * 7 and body["baseline"] == "one"
+    assert len(body["results"]) == 2 * 8 and body["baseline"] == "one"
     assert {
         "model",
         "protocol",
