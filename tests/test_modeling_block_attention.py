@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from compressor.modeling.block_attention import BlockAttention, StateLayer, state_layer
+from compressor.modeling.block_attention import BlockAttention, StateLayer, attended, state_layer
 from compressor.modeling.linformer import LinformerFar
-from compressor.modeling.nystromformer import NystromFar
+from compressor.modeling.nystromformer import NystromFar, pseudo_inverse
 from compressor.modeling.performer import MAPS, PerformerFar
 
 HEADS, WIDTH = 3, 8
@@ -148,6 +148,65 @@ def test_gradients_are_finite_and_reach_all(kind):
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_with_its_mass_and_the_gradients_of_both(dtype):
+    """Beside autograd through the same formula in float64; the last query sees nothing."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8).to(dtype).requires_grad_() for n in (5, 7, 7))
+    bias, seen = torch.randn(3, 1, 7, requires_grad=True), torch.rand(5, 7) < 0.7
+    seen[:, 0], seen[-1] = True, False
+    out, mass = attended(query, key, value, 0.4, bias=bias, seen=seen)
+    assert (out[:, :, -1] == 0).all() and (mass[:, :, -1] == -math.inf).all()
+    scores = (query.double() @ key.double().transpose(-1, -2) * 0.4 + bias).masked_fill(~seen, -math.inf)[:, :, :-1]
+    wanted, wanted_mass = scores.softmax(-1) @ value.double(), scores.logsumexp(-1)
+    weight, tensors = torch.randn(8), (query, key, value, bias)
+    found = torch.autograd.grad((out[:, :, :-1] * weight).sum() + mass[:, :, :-1].sin().sum(), tensors)
+    exact = torch.autograd.grad((wanted * weight).sum() + wanted_mass.sin().sum(), tensors)
+    bound = 1e-5 if dtype == torch.float32 else 0.1
+    for a, b in zip((out[:, :, :-1], mass[:, :, :-1], *found), (wanted, wanted_mass, *exact), strict=True):
+        assert torch.isfinite(a).all() and (a - b).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", FARS)
+def test_how_much_is_done_at_once_changes_nothing(kind, monkeypatch):
+    made, results = attention(kind, 4), []
+    for tokens_at_once, parts in ((1000, 1), (8, 5), (1, 99)):
+        monkeypatch.setattr("compressor.modeling.linformer._AT_ONCE", tokens_at_once)
+        monkeypatch.setattr("compressor.modeling.performer._AT_ONCE", tokens_at_once)
+        monkeypatch.setattr("compressor.modeling.nystromformer._PARTS", parts)
+        given = [tensor.requires_grad_() for tensor in inputs(50)]
+        out = made(*given, scaling=SCALING)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (*given, *made.parameters()))))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("inverse", ["none", "newton"])
+@torch.no_grad()
+def test_nystromformer_is_its_formula_written_out_query_by_query(inverse):
+    block, landmarks, tokens = 3, 4, 26
+    query, key, value = inputs(tokens)
+    found = BlockAttention(block, NystromFar(landmarks, inverse))(query, key, value, scaling=SCALING)
+    for place in range(block, tokens):
+        length = place // block * block
+        segment = [token * landmarks // length for token in range(length)] if length > landmarks else range(length)
+        member = torch.nn.functional.one_hot(torch.tensor(segment)).float().T
+        size = member.sum(1)
+        queries, keys, values = ((member / size[:, None]) @ tensor[:, :, :length] for tensor in (query, key, value))
+        q = query[:, :, place : place + 1] * SCALING
+        scores = q @ keys.transpose(-1, -2)
+        own = q @ key[:, :, length : place + 1].transpose(-1, -2)
+        share = torch.sigmoid((scores + size.log()).logsumexp(-1) - own.logsumexp(-1))[..., None]
+        far = (scores + size.log()).softmax(-1) @ values
+        if inverse == "newton":
+            middle = (queries @ keys.transpose(-1, -2) * SCALING).softmax(-1)
+            right = (queries @ key[:, :, :length].transpose(-1, -2) * SCALING).softmax(-1) @ value[:, :, :length]
+            far = scores.softmax(-1) @ (pseudo_inverse(middle) @ right)
+        wanted = (1 - share) * (own.softmax(-1) @ value[:, :, length : place + 1]) + share * far
+        assert (found[:, :, place : place + 1] - wanted).abs().max() <= 1e-5
+
+
 @torch.no_grad()
 def test_a_summary_weighs_as_much_as_its_tokens():
     """Equal keys: a slot that stands for 4 tokens gives what the 4 give; without its mass it does not."""
@@ -170,7 +229,8 @@ def test_states_do_not_grow_where_they_are_said_not_to():
     assert held("performer, favor+", 320) == held("performer, favor+", 32)
     slots = 2 * (320 - 32) // 8  # 2 of each block of 8, for 2 rows, as keys and as values
     assert held("linformer", 320) - held("linformer", 32) == slots * 2 * 2 * HEADS * WIDTH
-    assert held("nystromformer", 320) > 9 * held("nystromformer", 32)
+    for kind, kept in (("nystromformer", 2), ("nystromformer, newton", 3)):  # keys, values, queries
+        assert held(kind, 320) - held(kind, 32) == kept * (320 - 32) * 2 * HEADS * WIDTH
 
 
 def test_a_cache_of_keys_is_not_gone_on_with():

@@ -14,8 +14,8 @@ def cache_bytes(config: GPT2Config, context: int | None = None, itemsize: int = 
 
     Softmax over all tokens keeps 2 d numbers a token. Attention in blocks of c tokens keeps as many for the block under
     way, and for the completed ones: linformer 2 d for each summary, nystromformer 2 d a token (3 d with the
-    pseudo-inverse, which needs queries), performer head_dim + 2 float32 for each feature of each head, whatever the
-    length.
+    pseudo-inverse, which needs queries) and the landmarks' keys, values and sizes (the latter two float32), performer
+    head_dim + 2 float32 for each feature of each head, whatever the length.
     """
     context = config.n_positions if context is None else context
     entries = getattr(config, "efficient_attention", None) or []
@@ -35,5 +35,6 @@ def _of_layer(config: GPT2Config, entry: Mapping[str, Any], tokens: int, itemsiz
     if entry["kind"] == "linformer":
         return own + 2 * d * entry["slots"] * completed * itemsize
     if entry["kind"] == "nystromformer":
-        return own + kept * d * block * completed * itemsize
+        landmarks = (completed > 0) * entry["landmarks"] * (d * itemsize + 4 * d + 4)
+        return own + kept * d * block * completed * itemsize + landmarks
     return own + (completed > 0) * (d + 2 * config.n_head) * entry["features"] * 4

@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 State = dict[str, Tensor]  # every tensor [batch, ...]
 
 
 class Far(nn.Module):
-    """What stands for completed blocks. Queries without any get a mass of 0 (logarithm -inf)."""
+    """What stands for completed blocks. Queries without any get a mass of 0: a logarithm of -inf or float32's least."""
+
+    keeps_queries = False  # whether its state is made of queries too
 
     def over_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State
@@ -34,14 +37,18 @@ class Far(nn.Module):
         tokens]."""
         raise NotImplementedError
 
-    def grown(self, state: State, query: Tensor, key: Tensor, value: Tensor, complete: Tensor, scaling: float) -> State:
-        """State with the first complete[row] of the given blocks (as of `over_blocks`) of each row added."""
+    def grown(
+        self, state: State, query: Tensor | None, key: Tensor, value: Tensor, complete: Tensor, scaling: float
+    ) -> State:
+        """State with the first complete[row] of the given blocks (as of `over_blocks`) of each row added; query: where
+        it keeps them."""
         raise NotImplementedError
 
-    def near(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a query's own block: output and log-mass, of the keys `seen`. Exact here."""
-        scores = (query @ key.transpose(-1, -2)).float() * scaling
-        return softmax_output(scores.masked_fill(~seen, -math.inf), value)
+    def near(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of a query's own block: output and log-mass, of the keys `seen` (None: all). Exact here."""
+        return attended(query, key, value, scaling, seen=seen)
 
 
 class BlockAttention(nn.Module):
@@ -70,27 +77,32 @@ class BlockAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, real: Tensor | None, layer: StateLayer | None
     ) -> Tensor:
         tokens = query.shape[2]
-        order = None if real is None or bool(real.all()) else (~real).long().argsort(dim=1, stable=True)
-        count = torch.full((len(query),), tokens, device=query.device) if real is None else real.sum(1)
+        if real is not None and bool(real.all()):
+            real = None
+        order = None if real is None else (~real).long().argsort(dim=1, stable=True)
         if order is not None:
             query, key, value = (_taken(tensor, order) for tensor in (query, key, value))
-        state = {} if layer is None else layer.state
-        if state:
-            fill = state["fill"]
-            old_query, old_key, old_value = (state[name] for name in ("query", "key", "value"))
-            query_all, key_all, value_all = (
-                appended(old, new, fill) for old, new in ((old_query, query), (old_key, key), (old_value, value))
+        count = torch.full((len(query),), tokens, device=query.device) if real is None else real.sum(1)
+        if layer is None or not layer.state:
+            out = self._blocks(query, key, value, scaling, {})[:, :, :tokens]
+            if layer is not None:
+                layer.keep(*self._kept({}, query, key, value, count, real is None, scaling), tokens)
+        else:
+            state, fill = layer.state, layer.state["fill"]
+            key, value = (
+                appended(state[name], new, fill, layer.even) for name, new in (("key", key), ("value", value))
             )
-        else:
-            fill = torch.zeros_like(count)
-            query_all, key_all, value_all = query, key, value
-        if state and key_all.shape[2] <= self.block:
-            out = self._within(query, key_all, value_all, fill, scaling, state)
-        else:
-            out = self._blocks(query_all, key_all, value_all, scaling, state)
-            out = _taken(out, fill[:, None] + torch.arange(tokens, device=out.device)) if state else out[:, :, :tokens]
-        if layer is not None:
-            layer.keep(self._kept(state, query_all, key_all, value_all, fill + count, scaling), tokens)
+            beyond, own_query = key.shape[2] > self.block, query
+            if beyond or self.far.keeps_queries:  # what the old ones give was given out before
+                old = state["query"] if self.far.keeps_queries else torch.zeros_like(state["key"])
+                query = appended(old, query, fill, layer.even)
+            if beyond:
+                out = self._blocks(query, key, value, scaling, state)
+                out = _taken(out, fill[:, None] + torch.arange(tokens, device=out.device))
+            else:
+                out = self._within(own_query, key, value, scaling, state, layer.even)
+            even = layer.even and real is None
+            layer.keep(*self._kept(state, query, key, value, fill + count, even, scaling), tokens)
         return out if order is None else _taken(out, order.argsort(dim=1))
 
     def weights(self, query: Tensor, key: Tensor, *, scaling: float, real: Tensor | None = None) -> Tensor:
@@ -105,10 +117,12 @@ class BlockAttention(nn.Module):
         ]  # fmt: skip
         return torch.cat(parts, -1)
 
-    def _within(self, query: Tensor, key: Tensor, value: Tensor, fill: Tensor, scaling: float, state: State) -> Tensor:
-        """All queries in the block under way, whose keys are given."""
-        places = fill[:, None] + torch.arange(query.shape[2], device=fill.device)  # [batch, tokens]
-        seen = torch.arange(key.shape[2], device=fill.device) <= places[:, None, :, None]
+    def _within(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State, even: bool) -> Tensor:
+        """All queries in the block under way, whose keys are given; even: the queries are those of the last keys."""
+        seen = None
+        if not even or query.shape[2] > 1:
+            places = state["fill"][:, None] + torch.arange(query.shape[2], device=key.device)  # [batch, tokens]
+            seen = torch.arange(key.shape[2], device=key.device) <= places[:, None, :, None]
         near = self.far.near(query, key, value, scaling, seen)
         return _merged(near, self.far.over_state(query, scaling, state), query.dtype)
 
@@ -123,43 +137,99 @@ class BlockAttention(nn.Module):
             out = near[0].to(query.dtype)
         return out.flatten(2, 3)
 
-    def _kept(self, state: State, query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scaling: float) -> State:
-        """The state after tokens up to filled[row] of the block under way and what follows it."""
-        complete = filled // self.block
+    def _kept(
+        self, state: State, query: Tensor, key: Tensor, value: Tensor, filled: Tensor, even: bool, scaling: float
+    ) -> tuple[State, bool]:
+        """The state after tokens up to filled[row] of the block under way and what follows it, and whether these are as
+        many in all rows; even: whether filled are."""
+        given = {"key": key, "value": value, **({"query": query} if self.far.keeps_queries else {})}
+        if even and key.shape[2] < self.block:  # by far the most steps: nothing to move
+            return {**state, "fill": filled, **given}, True
         far = {name: tensor for name, tensor in state.items() if name not in _OWN}
-        if int(complete.max()):
-            blocks = [_in_blocks(tensor, self.block)[:, :, : int(complete.max())] for tensor in (query, key, value)]
-            far = self.far.grown(far, blocks[0], blocks[1], blocks[2], complete, scaling)
+        complete = filled // self.block
+        most = int(complete.max())
+        if most:
+            new = {name: _in_blocks(tensor, self.block)[:, :, :most] for name, tensor in given.items()}
+            far = self.far.grown(far, new.get("query"), new["key"], new["value"], complete, scaling)
         left = filled - complete * self.block
         places = complete[:, None] * self.block + torch.arange(int(left.max()), device=filled.device)
         places = places.clamp_max(key.shape[2] - 1)  # beyond what a row has: masked by its fill
-        own = (_taken(tensor, places) for tensor in (query, key, value))
-        return {**far, **dict(zip(_OWN, (left, *own), strict=True))}
+        own = {name: _taken(tensor, places) for name, tensor in given.items()}
+        return {**far, "fill": left, **own}, even or bool((left == left[0]).all())
 
 
 _OWN = ("fill", "query", "key", "value")  # the part of a state that is the block under way
 
 
-def softmax_output(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [..., head_dim] and log-mass [...] of scores float32[..., keys]; 0 and -inf where every score is -inf."""
-    top = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-    weights = (scores - top).exp()
-    mass = weights.sum(-1, keepdim=True)
-    shares = weights / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-    out = (shares.to(value.dtype) @ value).float()
-    return out, (mass.log() + top).squeeze(-1)
+# ---------------------------------------------------------------- softmax with its mass
+
+_LEAST, _TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output [..., queries, head_dim] and log-mass [..., queries], float32, of softmax over scores query . key scaling
+    + bias, of keys `seen`; 0 and -inf where there is none. bias float32, seen bool: as wide as [..., queries, keys] or
+    1. Nothing of that size is kept for the backward pass, which makes the scores again."""
+    with torch.autocast(query.device.type, enabled=False):  # as the backward pass will make them
+        return _Attended.apply(query, key, value, scaling, bias, seen)
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, scaling, bias, seen):
+        weights = _scores(query, key, scaling, bias, seen)
+        top = weights.amax(-1, keepdim=True).clamp_min_(_LEAST)
+        mass = weights.sub_(top).exp_().sum(-1, keepdim=True)
+        out = (weights.to(value.dtype) @ value).float().div_(mass.clamp_min(_TINY))
+        log_mass = mass.log_().add_(top)
+        ctx.scaling = scaling
+        ctx.save_for_backward(query, key, value, bias, seen, out, log_mass)
+        return out, log_mass.squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_log_mass):
+        query, key, value, bias, seen, out, log_mass = ctx.saved_tensors
+        shares = _scores(query, key, ctx.scaling, bias, seen).sub_(log_mass.clamp_min(_LEAST)).exp_()
+        d_value = shares.to(value.dtype).transpose(-1, -2) @ d_out.to(value.dtype)
+        d_scores = (d_out.to(value.dtype) @ value.transpose(-1, -2)).float()
+        d_scores.add_(d_log_mass[..., None] - (d_out * out).sum(-1, keepdim=True)).mul_(shares)
+        d_bias = d_scores.sum_to_size(bias.shape) if ctx.needs_input_grad[4] else None
+        d_scores = d_scores.to(query.dtype)
+        return (
+            (d_scores @ key) * ctx.scaling,
+            d_scores.transpose(-1, -2) @ query * ctx.scaling,
+            d_value,
+            None,
+            d_bias,
+            None,
+        )
+
+
+def _scores(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None, seen: Tensor | None) -> Tensor:
+    scores = (query * scaling @ key.transpose(-1, -2)).float()
+    if bias is not None:
+        scores += bias
+    return scores if seen is None else scores.masked_fill_(~seen, -math.inf)
 
 
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """One softmax over what two parts cover; the first has mass everywhere."""
-    share = torch.sigmoid(other[1] - one[1])[..., None]
-    return (one[0] + share * (other[0] - one[0])).to(dtype)
+    return torch.lerp(one[0], other[0], torch.sigmoid(other[1] - one[1])[..., None]).to(dtype)
 
 
 def _in_blocks(tensor: Tensor, block: int) -> Tensor:
     """[batch, heads, tokens, head_dim] -> [batch, heads, blocks, block, head_dim], filled up with zeros."""
-    padded = nn.functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % block))
-    return padded.unflatten(2, (-1, block))
+    short = -tensor.shape[2] % block
+    whole = nn.functional.pad(tensor, (0, 0, 0, short)) if short else tensor.contiguous()
+    return whole.unflatten(2, (-1, block))
 
 
 def _taken(tensor: Tensor, places: Tensor) -> Tensor:
@@ -167,10 +237,10 @@ def _taken(tensor: Tensor, places: Tensor) -> Tensor:
     return tensor.gather(2, places[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
-def appended(old: Tensor, new: Tensor, fill: Tensor) -> Tensor:
-    """Row by row: the first fill[row] tokens of `old`, then `new`."""
+def appended(old: Tensor, new: Tensor, fill: Tensor, even: bool = False) -> Tensor:
+    """Row by row: the first fill[row] tokens of `old`, then `new`. even: fill is known to be all of `old`."""
     whole = torch.cat([old, new], 2)
-    if bool((fill == old.shape[2]).all()):
+    if even or bool((fill == old.shape[2]).all()):
         return whole
     places = torch.arange(whole.shape[2], device=fill.device).expand(len(fill), -1)
     moved = torch.where(places < fill[:, None], places, places - fill[:, None] + old.shape[2])
@@ -190,11 +260,12 @@ class StateLayer(CacheLayerMixin):
     def __init__(self, **kwargs: Any):
         super().__init__()
         self.state: State = {}
+        self.even = True  # whether all rows have as many tokens in the block under way
         self.tokens = 0  # taken in, pads too
 
-    def keep(self, state: State, tokens: int) -> None:
+    def keep(self, state: State, even: bool, tokens: int) -> None:
         """The state after `tokens` more."""
-        self.state, self.is_initialized = state, True
+        self.state, self.even, self.is_initialized = state, even, True
         self.tokens += tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -234,7 +305,7 @@ class StateLayer(CacheLayerMixin):
         raise NotImplementedError("a layer of states cannot go back; assisted generation needs all keys and values")
 
     def reset(self) -> None:
-        self.state, self.tokens, self.is_initialized = {}, 0, False
+        self.state, self.even, self.tokens, self.is_initialized = {}, True, 0, False
 
 
 def state_layer(cache: Cache | None, index: int) -> StateLayer | None:

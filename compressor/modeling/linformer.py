@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .block_attention import Far, State, appended, softmax_output
+from .block_attention import Far, State, appended, attended
 
-_AT_ONCE = 1024  # queries whose scores over all slots are held at a time
+_AT_ONCE = 256  # queries whose scores over all slots are held at a time
 
 
 class LinformerFar(Far):
@@ -48,42 +48,36 @@ class LinformerFar(Far):
     ) -> tuple[Tensor, Tensor]:
         blocks, block = query.shape[2:4]
         slot_keys, slot_values = (slots.flatten(2, 3) for slots in self.summaries(key, value))
-        new = torch.arange(blocks, device=query.device).repeat_interleave(self.slots)  # the block of each slot
-        valid = torch.ones(len(query), 0, dtype=torch.bool, device=query.device)
+        own = torch.arange(blocks, device=query.device)
+        block_of = own.repeat_interleave(self.slots)[None]  # of each slot; [1 or batch, slots]
         if "slot_keys" in state:
+            old = torch.where(self._valid(state), -1, blocks)
+            block_of = torch.cat([old, block_of.expand(len(old), -1)], 1)
             slot_keys = torch.cat([state["slot_keys"], slot_keys], 2)
             slot_values = torch.cat([state["slot_values"], slot_values], 2)
-            valid = self._valid(state)
-        old = valid.shape[1]
-        outs, masses = [], []
-        step = max(1, _AT_ONCE // block)
-        for first in range(0, blocks, step):
-            own = query[:, :, first : first + step]
-            last = first + own.shape[2]
-            width = old + (last - 1) * self.slots
-            seen = new[None, : width - old] < torch.arange(first, last, device=query.device)[:, None]  # [blocks, new]
-            seen = torch.cat([valid[:, None].expand(-1, len(seen), -1), seen.expand(len(valid), -1, -1)], -1)
-            out, mass = self._attend(own.flatten(2, 3), slot_keys[:, :, :width], slot_values[:, :, :width], scaling,
-                                     seen.repeat_interleave(block, 1))  # fmt: skip
-            outs.append(out.unflatten(2, (-1, block)))
-            masses.append(mass.unflatten(2, (-1, block)))
-        return torch.cat(outs, 2), torch.cat(masses, 2)
+        found, step = [], max(1, _AT_ONCE // block)
+        after = block_of.shape[1] - blocks * self.slots  # slots of the state
+        for queries, numbers in zip(query.split(step, 2), own.split(step), strict=True):
+            width = after + min(blocks, int(numbers[0]) + step) * self.slots
+            seen = block_of[:, None, None, :width] < numbers.repeat_interleave(block)[:, None]
+            found.append(
+                self._attend(queries.flatten(2, 3), slot_keys[:, :, :width], slot_values[:, :, :width], scaling, seen)
+            )
+        out, mass = (torch.cat(parts, 2).unflatten(2, (-1, block)) for parts in zip(*found, strict=True))
+        return out, mass
 
     def over_state(self, query: Tensor, scaling: float, state: State) -> tuple[Tensor, Tensor]:
         if "slot_keys" not in state:
             return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], -math.inf).float()
-        seen = self._valid(state)[:, None].expand(-1, query.shape[2], -1)
+        seen = self._valid(state)[:, None, None] if len(query) > 1 else None  # a row alone has them all
         return self._attend(query, state["slot_keys"], state["slot_values"], scaling, seen)
 
     def _attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, seen: Tensor
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """seen: bool[batch, tokens, slots]"""
-        if not keys.shape[2]:
-            return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], -math.inf).float()
-        scores = (query @ keys.transpose(-1, -2)).float() * scaling
-        scores = scores + self.log_mass.float().repeat(1, keys.shape[2] // self.slots)[:, None]
-        return softmax_output(scores.masked_fill(~seen[:, None], -math.inf), values)
+        """seen: bool, as wide as [batch, heads, tokens, slots] or 1"""
+        mass = self.log_mass.float().repeat(1, keys.shape[2] // self.slots)[:, None]
+        return attended(query, keys, values, scaling, bias=mass, seen=seen)
 
     def _valid(self, state: State) -> Tensor:
         """bool[batch, slots]: those that a row has."""
@@ -91,7 +85,9 @@ class LinformerFar(Far):
             state["blocks"][:, None] * self.slots
         )
 
-    def grown(self, state: State, query: Tensor, key: Tensor, value: Tensor, complete: Tensor, scaling: float) -> State:
+    def grown(
+        self, state: State, query: Tensor | None, key: Tensor, value: Tensor, complete: Tensor, scaling: float
+    ) -> State:
         slot_keys, slot_values = (slots.flatten(2, 3) for slots in self.summaries(key, value))
         if "blocks" not in state:
             return {"blocks": complete, "slot_keys": slot_keys, "slot_values": slot_values}

@@ -13,82 +13,102 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .block_attention import Far, State, appended, softmax_output
+from .block_attention import Far, State, appended, attended
 
 INVERSES = ("newton", "none")
 _ITERATIONS = 6  # of the paper
+_PARTS = 8  # of all prefixes: what is masked within a part is worked out for nothing
+_LANDMARKS = ("landmark_keys", "landmark_values", "log_size")
 
 
 class NystromFar(Far):
-    """The state is all queries, keys and values of the completed blocks: this kind saves time, not memory."""
+    """The state is all keys and values of the completed blocks, with newton queries too, and the landmarks of them:
+    this kind saves time, not memory."""
 
     def __init__(self, landmarks: int, inverse: str):
         super().__init__()
         if inverse not in INVERSES:
             raise ValueError(f"inverse is {inverse!r}; allowed: {', '.join(INVERSES)}")
         self.landmarks, self.inverse = landmarks, inverse
+        self.keeps_queries = inverse == "newton"
 
     def over_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State
     ) -> tuple[Tensor, Tensor]:
-        blocks = query.shape[2]
-        before = (
-            state["blocks"] if "blocks" in state else torch.zeros(len(query), dtype=torch.int64, device=query.device)
-        )
-        every = self.grown(state, query, key, value, torch.full_like(before, blocks), scaling)
-        outs, masses = [], []
-        for block in range(blocks):  # a prefix of its own each
-            seen = {**every, "blocks": before + block}
-            out, mass = self.over_state(query[:, :, block], scaling, seen)
-            outs.append(out)
-            masses.append(mass)
-        return torch.stack(outs, 2), torch.stack(masses, 2)
+        every = self._with_blocks(state, query, key, value, torch.full((len(query),), query.shape[2]).to(query.device))
+        before = every["blocks"][:, None] + torch.arange(-query.shape[2], 0, device=query.device)
+        return self._read(query, self._landmarks(every, before * query.shape[3], scaling), scaling)
 
     def over_state(self, query: Tensor, scaling: float, state: State) -> tuple[Tensor, Tensor]:
-        nothing = query.new_zeros(query.shape, dtype=torch.float32), query.new_full(query.shape[:3], -math.inf).float()
-        if "blocks" not in state or not int(state["blocks"].max()):
-            return nothing
-        length = state["blocks"] * state["block"]  # [batch], tokens of the prefix
-        width = int(length.max())
-        keys, values, queries = (state[name][:, :, :width] for name in ("keys", "values", "queries"))
-        member = self._segments(length, width)  # [batch, landmarks, width], rows sum to 1, or to 0 where there is none
-        size = (member > 0).sum(-1)  # tokens of each landmark
-        landmark_keys = (member[:, None] @ keys.float()).to(keys.dtype)
-        scores = (query @ landmark_keys.transpose(-1, -2)).float() * scaling
-        scores = scores.masked_fill((size == 0)[:, None, None], -math.inf)
-        pooled, mass = softmax_output(scores + size.clamp_min(1).log()[:, None, None], member[:, None] @ values.float())
+        if "blocks" not in state:
+            return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], -math.inf).float()
+        out, mass = self._read(query[:, :, None], {name: state[name] for name in _LANDMARKS}, scaling)
+        return out.squeeze(2), mass.squeeze(2)
+
+    def grown(
+        self, state: State, query: Tensor | None, key: Tensor, value: Tensor, complete: Tensor, scaling: float
+    ) -> State:
+        every = self._with_blocks(state, query, key, value, complete)
+        return {**every, **self._landmarks(every, every["blocks"][:, None] * key.shape[3], scaling)}
+
+    def _with_blocks(self, state: State, query: Tensor | None, key: Tensor, value: Tensor, complete: Tensor) -> State:
+        given = {"keys": key, "values": value, "queries": query if self.keeps_queries else None}
+        new = {name: tensor.flatten(2, 3) for name, tensor in given.items() if tensor is not None}
+        if "blocks" not in state:
+            return {"blocks": complete, **new}
+        total, have = state["blocks"] + complete, state["blocks"] * key.shape[3]
+        width = int(total.max()) * key.shape[3]
+        return {"blocks": total, **{name: appended(state[name], new[name], have)[:, :, :width] for name in new}}
+
+    def _landmarks(self, every: State, length: Tensor, scaling: float) -> State:
+        """Of prefixes of length int64[batch, prefixes] tokens: landmark_keys and landmark_values [batch, heads,
+        prefixes, landmarks, head_dim], and the logarithm of how many tokens each stands for."""
+        count = length.clamp(1, self.landmarks)[..., None]  # no more landmarks than tokens
+        edges = torch.arange(self.landmarks + 1, device=length.device) * length[..., None]
+        edges = -(-edges).div(count, rounding_mode="floor")  # as even segments as can be
+        edges = torch.minimum(edges, length[..., None])  # [batch, prefixes, landmarks + 1]
+        size = edges.diff(dim=-1)
+        found = {"log_size": size.log()[:, None, :, None]}
+
+        def means(name: str) -> Tensor:
+            """Differences of running sums, in float64: what they have in common cancels."""
+            sums = nn.functional.pad(every[name].double().cumsum(2), (0, 0, 1, 0))
+            index = edges.flatten(1)[:, None, :, None].expand(-1, sums.shape[1], -1, sums.shape[3])
+            parts = sums.gather(2, index).unflatten(2, edges.shape[1:]).diff(dim=3)
+            return (parts / size.clamp_min(1)[:, None, ..., None]).float()
+
+        keys = means("keys").to(every["keys"].dtype)
+        if self.inverse == "none":
+            return {**found, "landmark_keys": keys, "landmark_values": means("values")}
+        queries = means("queries").to(keys.dtype)
+        there = (size > 0)[:, None]
+        least = torch.finfo(torch.float32).min  # where a row has nothing at all its share of the output is 0
+        middle = (queries @ keys.transpose(-1, -2)).float() * scaling
+        middle = middle.masked_fill(~there[..., None, :], least).softmax(-1) * there[..., None]
+        right = self._over_prefixes(queries, every["keys"], every["values"], length.clamp_min(1), scaling)
+        return {**found, "landmark_keys": keys, "landmark_values": pseudo_inverse(middle) @ right.float()}
+
+    def _over_prefixes(self, queries: Tensor, keys: Tensor, values: Tensor, length: Tensor, scaling: float) -> Tensor:
+        """Softmax of queries [batch, heads, prefixes, landmarks, head_dim] over the first `length` keys, a few prefixes
+        at a time."""
+        step, found = -(-length.shape[1] // _PARTS), []
+        for part, lengths in zip(queries.split(step, 2), length.split(step, 1), strict=True):
+            width = int(lengths.max())
+            seen = torch.arange(width, device=length.device) < lengths.repeat_interleave(self.landmarks, 1)[..., None]
+            found.append(
+                nn.functional.scaled_dot_product_attention(
+                    part.flatten(2, 3), keys[:, :, :width], values[:, :, :width], seen[:, None], scale=scaling
+                ).unflatten(2, part.shape[2:4])
+            )
+        return torch.cat(found, 2)
+
+    def _read(self, query: Tensor, found: State, scaling: float) -> tuple[Tensor, Tensor]:
+        """query: [batch, heads, prefixes, tokens, head_dim]"""
+        keys, values, log_size = (found[name] for name in ("landmark_keys", "landmark_values", "log_size"))
+        pooled, mass = attended(query, keys, values, scaling, bias=log_size)
         if self.inverse == "none":
             return pooled, mass
-        landmark_queries = (member[:, None] @ queries.float()).to(queries.dtype)
-        beyond = torch.arange(width, device=length.device) >= length[:, None]
-        right = (landmark_queries @ keys.transpose(-1, -2)).float() * scaling
-        least = torch.finfo(torch.float32).min  # where a row has nothing at all its share of the output is 0
-        right = right.masked_fill(beyond[:, None, None], least).softmax(-1) @ values.float()
-        middle = (landmark_queries @ landmark_keys.transpose(-1, -2)).float() * scaling
-        there = (size > 0)[:, None]
-        middle = middle.masked_fill(~there[:, :, None], least).softmax(-1)
-        middle = middle * there[..., None]
-        left = scores.clamp_min(least).softmax(-1)
-        return left @ (pseudo_inverse(middle) @ right), mass
-
-    def _segments(self, length: Tensor, width: int) -> Tensor:
-        """Means over as even segments of each prefix as can be: float32[batch, landmarks, width]."""
-        count = length.clamp_max(self.landmarks)[:, None]  # no more landmarks than tokens
-        places = torch.arange(width, device=length.device)[None]
-        segment = (places * count).div(length[:, None].clamp_min(1), rounding_mode="floor")
-        inside = places < length[:, None]
-        member = nn.functional.one_hot(segment.clamp_max(self.landmarks - 1), self.landmarks) * inside[..., None]
-        return (member / member.sum(1, keepdim=True).clamp_min(1)).transpose(1, 2).float()
-
-    def grown(self, state: State, query: Tensor, key: Tensor, value: Tensor, complete: Tensor, scaling: float) -> State:
-        new = {name: tensor.flatten(2, 3) for name, tensor in (("queries", query), ("keys", key), ("values", value))}
-        block = torch.full_like(complete, key.shape[3])
-        if "blocks" not in state:
-            return {"blocks": complete, "block": block, **new}
-        total, have = state["blocks"] + complete, state["blocks"] * block
-        width = int(total.max()) * key.shape[3]
-        grown = {name: appended(state[name], tensor, have)[:, :, :width] for name, tensor in new.items()}
-        return {"blocks": total, "block": block, **grown}
+        return attended(query, keys, values, scaling, seen=log_size > -math.inf)[0], mass
 
 
 def pseudo_inverse(matrix: Tensor, iterations: int = _ITERATIONS) -> Tensor:

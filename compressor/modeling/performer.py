@@ -21,6 +21,8 @@ MAPS = ("favor+", "favor_hyp", "relu", "elu", "learned")
 ESTIMATES = ("favor+", "favor_hyp")  # of softmax's own numbers
 PAIRED = ("favor_hyp", "learned")  # each direction is used with both signs
 _LEAST = 1e-6  # of a relu feature: its logarithm is finite
+_AT_ONCE = 512  # queries and keys whose features are held at a time
+_FINITE = torch.finfo(torch.float32).min  # stands for the logarithm of 0: differences of it are no nan
 
 
 class PerformerFar(Far):
@@ -82,7 +84,9 @@ class PerformerFar(Far):
         half = self.weight.float().square().sum(-1)[:, None] / 2
         return torch.cat([half, half], -1) if self.feature_map == "favor_hyp" else half
 
-    def near(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def near(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Output and log-mass of features over the keys `seen`, where the own block is not exact."""
         if self.local:
             return super().near(query, key, value, scaling, seen)
@@ -92,58 +96,82 @@ class PerformerFar(Far):
         keys = (self.logarithms(key, scaling) - bounds).exp()
         queries = self.logarithms(query, scaling) + bounds
         top = queries.detach().amax(-1, keepdim=True)
-        weights = ((queries - top).exp() @ keys.transpose(-1, -2)).masked_fill(~seen, 0)
+        weights = (queries - top).exp() @ keys.transpose(-1, -2)
+        if seen is not None:
+            weights = weights.masked_fill(~seen, 0)
         mass = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return (weights / mass) @ value.float(), (mass.log() + top).squeeze(-1)
 
     def over_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State
     ) -> tuple[Tensor, Tensor]:
-        queries, keys = self.logarithms(query, scaling), self.logarithms(key, scaling)
-        outs, masses = [], []
-        for block in range(query.shape[2]):
-            out, mass = self._read(queries[:, :, block], state, value.shape[-1])
-            outs.append(out)
-            masses.append(mass)
-            state = _summed(state, keys[:, :, block], value[:, :, block].float(), None)
-        return torch.stack(outs, 2), torch.stack(masses, 2)
+        found, step = [], max(1, _AT_ONCE // query.shape[3])
+        for queries, keys, values in zip(*(tensor.split(step, 2) for tensor in (query, key, value)), strict=True):
+            part, state = self._along(queries, keys, values, scaling, state)
+            found.append(part)
+        out, mass = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        return out, mass
+
+    def _along(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State
+    ) -> tuple[tuple[Tensor, Tensor], State]:
+        """`over_blocks` of a few blocks, and the state after them."""
+        keys, values = self.logarithms(key, scaling), _with_ones(value)
+        state = state or _nothing(keys[:, :, 0], values.shape[-1])
+        tops = torch.cat([state["top"][:, :, None], keys.detach().amax(3)], 2).cummax(2).values
+        sums = (keys - tops[:, :, 1:, None]).exp().transpose(-1, -2) @ values
+        fading = (tops[:, :, :-1] - tops[:, :, 1:]).exp()[..., None]
+        before = [state["sum"]]  # what each block sees: the one thing that is made block after block
+        for new, old in zip(sums.unbind(2), fading.unbind(2), strict=True):
+            before.append(torch.addcmul(new, before[-1], old))
+        found = self._read(self.logarithms(query, scaling), tops[:, :, :-1], torch.stack(before[:-1], 2))
+        return found, {"top": tops[:, :, -1], "sum": before[-1]}
 
     def over_state(self, query: Tensor, scaling: float, state: State) -> tuple[Tensor, Tensor]:
-        return self._read(self.logarithms(query, scaling), state, query.shape[-1])
-
-    def _read(self, queries: Tensor, state: State, width: int) -> tuple[Tensor, Tensor]:
         if "sum" not in state:
-            return queries.new_zeros(*queries.shape[:3], width), queries.new_full(queries.shape[:3], -math.inf)
-        logits = queries + state["top"][:, :, None]
-        top = logits.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-        weights = (logits - top).exp()
-        mass = weights @ state["mass"][..., None]
-        out = (weights @ state["sum"]) / mass.clamp_min(torch.finfo(torch.float32).tiny)
+            return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], -math.inf).float()
+        return self._read(self.logarithms(query, scaling), state["top"], state["sum"])
+
+    def _read(self, queries: Tensor, tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """queries: logarithms [..., tokens, features], of sums [..., features, head_dim + 1] over e^tops."""
+        logits = queries + tops[..., None, :]
+        top = logits.detach().amax(-1, keepdim=True).clamp_min(_FINITE)
+        read = (logits - top).exp() @ sums
+        mass = read[..., -1:].clamp_min(torch.finfo(torch.float32).tiny)
         log_mass = (mass.log() + top).squeeze(-1)
-        return out, log_mass if self.gain is None else log_mass + self.gain.float()[:, None]
+        if self.gain is not None:
+            log_mass = log_mass + self.gain.float().view(-1, *([1] * (log_mass.ndim - 2)))
+        return read[..., :-1] / mass, log_mass
 
-    def grown(self, state: State, query: Tensor, key: Tensor, value: Tensor, complete: Tensor, scaling: float) -> State:
-        for block in range(key.shape[2]):
-            keys = self.logarithms(key[:, :, block], scaling)
-            state = _summed(state, keys, value[:, :, block].float(), complete > block)
-        return state
+    def grown(
+        self, state: State, query: Tensor | None, key: Tensor, value: Tensor, complete: Tensor, scaling: float
+    ) -> State:
+        keys = self.logarithms(key, scaling)
+        if bool((complete < key.shape[2]).any()):
+            beyond = torch.arange(key.shape[2], device=key.device) >= complete[:, None]
+            keys = keys.masked_fill(beyond[:, None, :, None, None], -math.inf)
+        keys, sums = keys.flatten(2, 3), _with_ones(value).flatten(2, 3)
+        state = state or _nothing(keys, sums.shape[-1])
+        top = torch.maximum(keys.detach().amax(2), state["top"])
+        old = (state["top"] - top).exp()[..., None]
+        return {
+            "top": top,
+            "sum": torch.addcmul((keys - top[:, :, None]).exp().transpose(-1, -2) @ sums, state["sum"], old),
+        }
 
 
-def _summed(state: State, keys: Tensor, value: Tensor, rows: Tensor | None) -> State:
-    """State with a block's keys, as logarithms float32[batch, heads, block, features], and values added; of the rows
-    bool[batch] only, None = all."""
-    if rows is not None:
-        keys = keys.masked_fill(~rows[:, None, None, None], -math.inf)
-    top = keys.detach().amax(2)
-    if "top" in state:
-        top = torch.maximum(top, state["top"])
-    base = top.clamp_min(torch.finfo(torch.float32).min)  # -inf where a row has nothing yet
-    weights = (keys - base[:, :, None]).exp()
-    mass, total = weights.sum(2), weights.transpose(-1, -2) @ value
-    if "top" in state:
-        old = (state["top"] - base).exp()
-        mass, total = mass + state["mass"] * old, total + state["sum"] * old[..., None]
-    return {"top": top, "mass": mass, "sum": total}
+def _with_ones(value: Tensor) -> Tensor:
+    """float32[..., head_dim + 1]: what sums of it by weight end with is the weight."""
+    return nn.functional.pad(value.float(), (0, 1), value=1.0)
+
+
+def _nothing(keys: Tensor, width: int) -> State:
+    """The state before any block, of keys float32[batch, heads, tokens, features]."""
+    batch, heads, _, features = keys.shape
+    return {
+        "top": keys.new_full((batch, heads, features), _FINITE),
+        "sum": keys.new_zeros(batch, heads, features, width),
+    }
 
 
 def orthogonal_features(shape: torch.Size, seed: int) -> Tensor:
