@@ -182,6 +182,17 @@ def test_how_much_is_done_at_once_changes_nothing(kind, monkeypatch):
             assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
 
 
+@pytest.mark.parametrize("kind", FARS)
+def test_large_queries_and_keys_overflow_nothing(kind):
+    made = attention(kind, 4)
+    query, key, value = (factor * tensor for factor, tensor in zip((20, 20, 1), inputs(40), strict=True))
+    given = [(tensor + 10).requires_grad_() for tensor in (query, key, value)]
+    out = made(*given, scaling=SCALING)
+    out.square().sum().backward()
+    for tensor in (out, *(one.grad for one in (*given, *made.parameters()))):
+        assert torch.isfinite(tensor).all()
+
+
 @pytest.mark.parametrize("inverse", ["none", "newton"])
 @torch.no_grad()
 def test_nystromformer_is_its_formula_written_out_query_by_query(inverse):

@@ -22,6 +22,7 @@ ESTIMATES = ("favor+", "favor_hyp")  # of softmax's own numbers
 PAIRED = ("favor_hyp", "learned")  # each direction is used with both signs
 _LEAST = 1e-6  # of a relu feature: its logarithm is finite
 _AT_ONCE = 512  # queries and keys whose features are held at a time
+_NEGLIGIBLE = 1e-30  # a mass whose inverse, in gradients, stays far from overflow
 _FINITE = torch.finfo(torch.float32).min  # stands for the logarithm of 0: differences of it are no nan
 
 
@@ -64,7 +65,7 @@ class PerformerFar(Far):
         """log phi(x), float32[batch, heads, ..., features], of float[batch, heads, ..., head_dim]."""
         x = x.float() * math.sqrt(scaling)
         if self.feature_map == "elu":
-            return (nn.functional.elu(x) + 1).log()
+            return torch.where(x > 0, x.relu().log1p(), x)
         assert self.weight is not None
         shape = (1, len(self.weight), *([1] * (x.ndim - 4)), *self.weight.shape[1:])
         projected = x @ self.weight.float().view(shape).transpose(-1, -2)
@@ -99,7 +100,7 @@ class PerformerFar(Far):
         weights = (queries - top).exp() @ keys.transpose(-1, -2)
         if seen is not None:
             weights = weights.masked_fill(~seen, 0)
-        mass = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        mass = weights.sum(-1, keepdim=True).clamp_min(_NEGLIGIBLE)
         return (weights / mass) @ value.float(), (mass.log() + top).squeeze(-1)
 
     def over_blocks(
@@ -137,7 +138,7 @@ class PerformerFar(Far):
         logits = queries + tops[..., None, :]
         top = logits.detach().amax(-1, keepdim=True).clamp_min(_FINITE)
         read = (logits - top).exp() @ sums
-        mass = read[..., -1:].clamp_min(torch.finfo(torch.float32).tiny)
+        mass = read[..., -1:].clamp_min(_NEGLIGIBLE)
         log_mass = (mass.log() + top).squeeze(-1)
         if self.gain is not None:
             log_mass = log_mass + self.gain.float().view(-1, *([1] * (log_mass.ndim - 2)))
