@@ -1,12 +1,13 @@
 """What attention in blocks costs in time and memory against length, beside explicit attention and PyTorch's fused one.
 
     python benchmarks/attention_speed.py [--lengths 256 512 1024 2048 4096 8192] [--heads 6] [--head-dim 64]
-                                         [--block 64] [--slots 8] [--landmarks 16] [--features 128] [--repeats 7]
-                                         [--threads 2] [--forms linformer] [--model-tokens 256]
+                                         [--block 64] [--slots 8] [--landmarks 16] [--features 128] [--repeats 3]
+                                         [--forms linformer] [--model-tokens 256]
 
 The attention module alone (no linears), batch 1, random queries, keys and values laid out as a model's are, float32,
-one process, forms interleaved; medians with quartiles, ratios by repeat (of each repeat's own times, then their
-median). "explicit" makes the matrix of all scores, masks it, takes the softmax and multiplies by the values; "sdpa" is
+one process, one thread, forms interleaved; processor time of the process, which other work on the machine disturbs less
+than the clock; medians with quartiles, ratios by repeat (of each repeat's own times, then their median). "explicit"
+makes the matrix of all scores, masks it, takes the softmax and multiplies by the values; "sdpa" is
 torch.nn.functional.scaled_dot_product_attention with is_causal. Memory is the most that was allocated at once in one
 call beyond what was there before it, by PyTorch's profiler, buffers inside of BLAS excluded. The crossover with a form
 is the length from which on its ratio stays under 1, interpolated between the logarithms of measured lengths. Decode is
@@ -21,12 +22,13 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from tversky_speed import peak
 
-from benchmarks.tversky_speed import peak, times
 from compressor import models  # noqa: F401 (opens the package in its order)
 from compressor.modeling import GPT2CompressedConfig, GPT2CompressedLMHeadModel
 from compressor.modeling.block_attention import BlockAttention, Far, StateLayer
@@ -34,14 +36,16 @@ from compressor.modeling.linformer import LinformerFar
 from compressor.modeling.nystromformer import NystromFar
 from compressor.modeling.performer import PerformerFar
 
-Form = Callable[[Tensor, Tensor, Tensor], Tensor]
+Form = Callable[..., Tensor]  # of query, key, value [batch, heads, tokens, head_dim]
 BARRED = ("linformer", "performer, learned", "performer, favor+")
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    scores = query @ key.transpose(-1, -2)
+    scores = scores * query.shape[-1] ** -0.5
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(later, -math.inf).softmax(-1) @ value
+    scores = scores.masked_fill(later, -math.inf)
+    return scores.softmax(-1) @ value
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -62,6 +66,10 @@ def fars(options: argparse.Namespace) -> dict[str, Far]:
     return {name: far for name, far in found.items() if options.forms in name}
 
 
+def in_blocks(far: Far, options: argparse.Namespace) -> Callable[..., Tensor]:
+    return partial(BlockAttention(options.block, far), scaling=options.head_dim**-0.5)
+
+
 def inputs(options: argparse.Namespace, tokens: int) -> list[Tensor]:
     """query, key, value [1, heads, tokens, head_dim], from [1, tokens, heads, head_dim] as a model's are."""
     return [torch.randn(1, tokens, options.heads, options.head_dim).transpose(1, 2) for _ in range(3)]
@@ -80,6 +88,21 @@ def trained(form: Form, given: list[Tensor]) -> Callable[[], object]:
         form(*(tensor.detach().requires_grad_() for tensor in given)).sum().backward()
 
     return call
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of processor time of each call, interleaved; the first round warms up."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if repeat:
+                found[name].append((time.process_time() - start) * 1e3)
+    return found
 
 
 # ---------------------------------------------------------------- tables
@@ -137,7 +160,9 @@ def crossover(lengths: list[int], ratios: list[float]) -> str:
 def decode(found_fars: Mapping[str, Far], options: argparse.Namespace) -> None:
     """One token after so many, and what is held for it."""
     print("\n### Decode, one token after so many\n")
-    print("| tokens before | form | median ms | quartiles ms | time / sdpa | KiB held | bytes per token | held / sdpa |")
+    print(
+        "| tokens before | form | median ms | quartiles ms | time / sdpa | KiB held | bytes per token | held / sdpa |"
+    )
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for tokens in (512, 2048, 8192):
         before, new = inputs(options, tokens), inputs(options, 1)
@@ -150,17 +175,13 @@ def decode(found_fars: Mapping[str, Far], options: argparse.Namespace) -> None:
         calls: dict[str, Callable[[], object]] = {"sdpa": attend}
         with torch.no_grad():
             cache.update(before[1], before[2], 0)
-            scaling = options.head_dim**-0.5
             held = {"sdpa": 2 * before[1].numel() * before[1].element_size()}
             for name, far in found_fars.items():
-                module = BlockAttention(options.block, far)
-                module(*before, scaling=scaling, layer=layers[name])
+                form = in_blocks(far, options)
+                form(*before, layer=layers[name])
                 held[name] = sum(tensor.numel() * tensor.element_size() for tensor in layers[name].state.values())
 
-                def step(module=module, layer=layers[name], new=new) -> None:
-                    module(*new, scaling=scaling, layer=layer)
-
-                calls[name] = step
+                calls[name] = partial(form, *new, layer=layers[name])
             found = times(calls, steps)
         for name, values in found.items():
             print(
@@ -207,23 +228,20 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--landmarks", type=int, default=16)
     parser.add_argument("--features", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--forms", default="", help="only forms whose name holds this")
     parser.add_argument("--model-tokens", type=int, default=256, help="of the whole model; 0: no whole model")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     print(
         f"{options.heads} heads of {options.head_dim}, block {options.block}, {options.slots} slots, "
-        f"{options.landmarks} landmarks, {options.features} features, float32, {options.threads} threads, "
+        f"{options.landmarks} landmarks, {options.features} features, float32, 1 thread, "
         f"{options.repeats} interleaved repeats"
     )
     own = fars(options)
     forms: dict[str, Form] = {"explicit": explicit, "sdpa": fused}
-    for name, far in own.items():
-        module, scaling = BlockAttention(options.block, far), options.head_dim**-0.5
-        forms[name] = lambda q, k, v, module=module: module(q, k, v, scaling=scaling)  # type: ignore[misc]
+    forms.update({name: in_blocks(far, options) for name, far in own.items()})
     against_length("Forward", forms, options, forward)
     against_length("Forward and backward", forms, options, trained)
     decode(own, options)
