@@ -119,5 +119,7 @@ class Nothing(Far):
     def over_state(self, query: Tensor, scaling: float, state: State) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], -math.inf).float()
 
-    def grown(self, state: State, query: Tensor, key: Tensor, value: Tensor, complete: Tensor, scaling: float) -> State:
+    def grown(
+        self, state: State, query: Tensor | None, key: Tensor, value: Tensor, complete: Tensor, scaling: float
+    ) -> State:
         return state
