@@ -58,7 +58,8 @@ def test_caches_are_the_arithmetic(tokens):
     heads, width, block, number = 2, 8, 8, 4
     query, key, value = (torch.randn(1, heads, tokens, width) for _ in range(3))
     whole, left = tokens // block, tokens % block
-    own = 3 * left * heads * width * number
+    token = heads * width * number  # a key or a value, or a query, which only the pseudo-inverse needs
+    own = 2 * left * token
 
     def held(kind):
         return cache_bytes(attention_of(kind, heads, width, block, 0), query, key, value, 0.3)
@@ -69,5 +70,6 @@ def test_caches_are_the_arithmetic(tokens):
     assert 0 <= held(Kind("linformer", 3)) - slots - own <= counts
     state = heads * 6 * (2 + width) * number
     assert 0 <= held(Kind("performer", 6, "relu")) - state - own <= counts
-    past = 3 * whole * block * heads * width * number
-    assert past + own <= held(Kind("nystromformer", 3, "none")) <= past + 2 * own + 3 * block * heads * width * number
+    for inverse, kept in (("none", 2), ("newton", 3)):
+        least = kept * tokens * token + 2 * 3 * token  # and keys and values of 3 landmarks
+        assert 0 <= held(Kind("nystromformer", 3, inverse)) - least <= kept * (left + block) * token + counts
