@@ -42,7 +42,10 @@ class Pretender(torch.nn.Module):
     def __init__(self, name, clock=None, log=None, prefill=1.0, decode=0.1, positions=64):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(vocab_size=11, n_positions=positions, _attn_implementation="made up")
+        self.config = SimpleNamespace(
+            vocab_size=11, n_positions=positions, n_layer=3, n_embd=5, _attn_implementation="made up"
+        )
+        self.dtype = torch.float32
         self.name, self.clock, self.log = name, clock or Clock(), [] if log is None else log
         self.prefill, self.decode = prefill, decode
 

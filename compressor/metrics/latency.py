@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel
 
 from ..errors import UserError
 from ..models import OpenModel
 from .base import MetricResult, Progress, whole
+from .cache import cache_bytes
 
 SETTINGS = frozenset({"batch", "prompt_tokens", "new_tokens", "repeats", "warm_up"})
 PROTOCOL = "greedy, fixed length, models interleaved"
@@ -98,7 +99,8 @@ def measure(
     clock: Clock = time.perf_counter,
 ) -> list[list[MetricResult]]:
     """`prefill_latency` (ms a prefill of `prompt_tokens`) and `decode_latency` (ms a step of one token for the whole
-    batch, over `new_tokens` steps behind that prompt) of every model, as medians over `repeats`.
+    batch, over `new_tokens` steps behind that prompt) of every model, as medians over `repeats`; with the latter what
+    the cache then holds for a token of each sequence.
 
     batch, prompt_tokens: a number or several, all combinations are measured; prompt_tokens defaults to 256 and
     new_tokens to 32, less where a model has no room. Raises UserError for lengths a model cannot hold.
@@ -140,9 +142,16 @@ def measure(
                 "models": len(models),
                 **_machine(model),
             }
+            tokens = length + new_tokens
+            held = cache_bytes(cast(GPT2Config, model.config), tokens, model.dtype.itemsize)
             own += [
                 _result("prefill_latency", "ms", 1000 * prefill, settings),
-                _result("decode_latency", "ms per step", 1000 * decode / new_tokens, settings),
+                _result(
+                    "decode_latency",
+                    "ms per step",
+                    1000 * decode / new_tokens,
+                    settings | {"cache_bytes_per_token": held / tokens},
+                ),
             ]
     return results
 

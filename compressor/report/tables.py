@@ -180,10 +180,23 @@ def latencies(report: Report, gaps: Gaps) -> list[Table]:
                 gaps.mark(row, way) if item is None else speed_up(report, row, item)
                 for (row, _), item in zip(lines, found, strict=True)
             ]
+        columns |= _caches(lines, kinds, metric)
         left = [row.name for row in report.rows if row not in asked]
         others = f" Not asked of {named(left)}." if left else ""
         tables.append(layout.make(columns, f"{regime.capitalize()} latency", _clock(kinds[0], metric) + others))
     return tables
+
+
+def _caches(lines: Sequence[tuple[Row, str]], kinds: Sequence[Way], metric: str) -> dict[str, list[str]]:
+    """What each model keeps for a token, a column for every prompt; none where all keep the same for each."""
+    columns = {}
+    for way in kinds:
+        found = [item.settings if (item := way.find(row, metric)) else {} for row, _ in lines]
+        held = [settings.get("cache_bytes_per_token") for settings in found]
+        if len({value for value in held if value is not None}) > 1:
+            name = f"prompt {way.settings.get('prompt_tokens')}: cache, bytes a token"
+            columns[name] = [MISSING if value is None else f"{value:,.0f}" for value in held]
+    return columns
 
 
 def _processes(row: Row, metric: str) -> list[str]:
