@@ -1,0 +1,284 @@
+"""A small character-level GPT trained from scratch with each kind of attention: what they learn, and how fast.
+
+Source: klaipher/GPTAttentionsComparison, whose Linformer and Nystroemformer saw the future, so that their losses were
+no language model's, and whose Performer gave zeros. Here all are the causal attention in blocks of this package: exact
+within a block, approximate before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from .. import artifacts, fields, gpt2, training_state
+from ..errors import UserError
+from ..finetune import StateFolder, Step, finetune
+from ..metrics.base import whole
+from ..metrics.decoding import continuations
+from ..metrics.nll import token_nll
+from ..metrics.size import parameters
+from ..models import parse_device
+from ..processes import LAUNCH, processes
+from ..report.layout import Table
+from ..report.pictures import Picture
+from ..report.tasks import Prompt
+from ..session import ANYWHERE, Columns
+from ..tokens import TokenBlocks, text_ids
+from . import attention_scratch_report as told
+from .character_models import TYPES, AttentionConfig, initial, rewrites_of, variant
+from .characters import UNKNOWN, CharacterText, character_text
+
+EVALUATIONS = 8  # of the selection text while training
+SELECTION, TEST = 8192, 32768  # characters
+PROMPT, SAMPLE, TOP_K = 48, 240, 40  # characters of a prompt and of what follows it, and of how many each is drawn
+_KIND = "attention_scratch"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of one type; losses in nats per character."""
+
+    attention_type: str
+    parameters: int
+    steps: list[list[float]]  # [iteration, loss of its batch]
+    evaluations: list[list[float]]  # [iteration, loss on the selection text]
+    best: int  # the iteration whose weights were kept, by the selection text
+    test_rows: list[float]  # the mean loss of each row of the test text
+    test_count: int  # characters predicted there
+    seconds: float  # of an iteration: forward, backward and optimiser, the mean of all, evaluations apart
+    speed: float  # characters per second while training
+    leak: float  # the largest change of a logit before a character that was changed
+    sample: str
+    how: dict[str, Any]  # precision, attention implementation, device, threads
+
+    @property
+    def test(self) -> float:
+        return math.fsum(self.test_rows) / len(self.test_rows)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """The comparison, as a report takes it."""
+
+    body: dict[str, Any]  # for JSON
+    tables: tuple[Table, ...]
+    findings: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+    prompts: tuple[Prompt, ...]  # one, with what each type wrote after it
+
+
+def from_scratch(
+    data: str | Mapping[str, str] = "demo",
+    *,
+    attention_types: Sequence[str] = TYPES,
+    block_size: int = 256,
+    max_iters: int = 200,
+    batch_size: int = 8,
+    learning_rate: float = 3e-3,
+    n_layer: int = 4,
+    n_head: int = 4,
+    n_embd: int = 128,
+    block: int = 32,
+    attention_config: Mapping[str, Any] | None = None,
+    prompt: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    columns: Columns = ANYWHERE,
+    state: Path | None = None,
+    progress: Callable[[str, Step], None] = lambda attention_type, step: None,
+) -> Scratch:
+    """Train one model of each type on the same batches from the same start, and compare them on text none has seen.
+
+    data: as a recipe's `data:`; its training, selection and test parts are used. attention_types: of TYPES. block_size:
+    characters of a row, and positions of the model. batch_size: rows of an iteration. n_layer, n_head, n_embd: of the
+    model. block: characters within which attention is exact. attention_config: fields of AttentionConfig. prompt: what
+    the samples continue (default: how the test text begins). state: a folder that keeps what is done, so that a killed
+    comparison goes on there; types that were trained with the same settings are not trained again.
+
+    Raises UserError for settings that are not allowed, a `state` of other settings, and several processes.
+    """
+    if processes().world > 1:
+        raise UserError(f"the comparison from scratch runs in one process; start it without {LAUNCH}")
+    for name, value in {"max_iters": max_iters, "batch_size": batch_size, "n_layer": n_layer, "n_head": n_head}.items():
+        whole(name, value, 1)
+    whole("block_size", block_size, 2)
+    whole("seed", seed, 0)
+    if not 0 < learning_rate < math.inf:
+        raise UserError(f"learning_rate is {learning_rate}; allowed: above 0")
+    if whole("n_embd", n_embd, 1) % n_head:
+        raise UserError(f"n_embd is {n_embd}; allowed: multiples of {n_head} (n_head)")
+    if not 1 <= block < block_size:
+        raise UserError(f"block is {block}; allowed: 1 to {block_size - 1}: all of a block_size is exact attention")
+    config = GPT2Config(
+        vocab_size=1, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    given = fields.from_record(AttentionConfig, dict(attention_config or {}), "attention_config")
+    own, kinds = rewrites_of(attention_types, given, block, config, seed)
+    text = character_text(
+        data, columns=columns, block_size=block_size, training_rows=max_iters * batch_size,
+        selection_rows=max(1, SELECTION // block_size), test_rows=max(1, TEST // block_size), seed=seed,
+    )  # fmt: skip
+    config.vocab_size = len(text.tokenizer)
+    opening = text.opening[: min(PROMPT, block_size // 2)] if prompt is None else prompt
+    _check_prompt(opening, block_size)
+    target = parse_device(device)
+    settings: dict[str, Any] = {
+        "block_size": block_size, "max_iters": max_iters, "batch_size": batch_size, "learning_rate": learning_rate,
+        "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block": block, "attention_config": asdict(own),
+        "prompt": opening, "seed": seed, "device": target.type,
+        **{part: blocks.fingerprint for part, blocks in _parts(text).items()},
+    }  # fmt: skip
+    start = initial(config, seed)
+    made = []
+    for name, rewrite in kinds.items():
+        done = None if state is None else _stored(state, name, settings)
+        if done is None:
+            model = variant(start, config, rewrite).to(target)  # type: ignore[arg-type]
+            done = _trained(name, model, text, settings, state, progress)
+        made.append(done)
+    described = {**settings, "vocabulary": config.vocab_size, "test_characters": made[0].test_count}
+    frequencies = frequency_nll(text.training, text.test, config.vocab_size)
+    return Scratch(
+        body={
+            "settings": described,
+            "data": text.origin,
+            "frequencies": frequencies,
+            "rows": [asdict(one) for one in made],
+        },
+        tables=told.tables(made, described, frequencies),
+        findings=tuple(told.findings(made, described, frequencies)),
+        pictures=told.pictures(made),
+        prompts=(told.prompt(made, opening, TOP_K, seed),),
+    )
+
+
+def _parts(text: CharacterText) -> dict[str, TokenBlocks]:
+    return {"training": text.training, "selection": text.selection, "test": text.test}
+
+
+def _check_prompt(prompt: str, block_size: int) -> None:
+    if not isinstance(prompt, str) or not 1 <= len(prompt) < block_size:
+        raise UserError(f"prompt is {prompt!r}; allowed: a text of 1 to {block_size - 1} characters")
+
+
+# ---------------------------------------------------------------- one type
+
+
+def _trained(
+    name: str,
+    model: GPT2LMHeadModel,
+    text: CharacterText,
+    settings: Mapping[str, Any],
+    state: Path | None,
+    progress: Callable[[str, Step], None],
+) -> Trained:
+    every = max(1, settings["max_iters"] // EVALUATIONS)
+    digest = hashlib.sha256(json.dumps({**settings, "attention_type": name}, sort_keys=True).encode()).hexdigest()
+    origin = artifacts.provenance(
+        seed=settings["seed"], base_model=f"{name}, from scratch", base_hash=digest, device=settings["device"],
+        dtype="float32", data=text.origin,
+    )  # fmt: skip
+    folder = None if state is None else StateFolder(Path(state) / f"{name}_training", origin)
+    recovery = finetune(
+        model,
+        text.training,
+        text.selection,
+        train="full",
+        steps=settings["max_iters"],
+        batch_tokens=settings["batch_size"] * settings["block_size"],
+        learning_rate=settings["learning_rate"],
+        seed=settings["seed"],
+        evaluate_every=every,
+        checkpoint_every=None if folder is None else every,
+        state_folder=folder,
+        resume=folder is not None,
+        progress=lambda step: progress(name, step),
+    )
+    nll = row_nll(model, text.test)
+    seconds = recovery.training_seconds / recovery.steps
+    done = Trained(
+        attention_type=name,
+        parameters=parameters(model),
+        steps=[[step.step, step.nll] for step in recovery.curve],
+        evaluations=[[one.step, one.nll] for one in recovery.evaluations],
+        best=recovery.best_step,
+        test_rows=nll.mean(1).tolist(),
+        test_count=nll.numel(),
+        seconds=seconds,
+        speed=recovery.tokens / recovery.training_seconds,
+        leak=leak(model, text.test.ids[:1]),
+        sample=_sample(model, text, settings),
+        how={key: recovery.settings[key] for key in ("autocast", "attention", "device", "threads")},
+    )
+    if state is not None and folder is not None:
+        artifacts.write_json(_file(state, name), _KIND, {"settings": dict(settings), "trained": asdict(done)}, origin)
+        training_state.remove(folder)
+    return done
+
+
+def row_nll(model: GPT2LMHeadModel, blocks: TokenBlocks) -> Tensor:
+    """NLL in nats of every character but the first of each row: float64[rows, block_size - 1]."""
+    device = gpt2.device(model)
+    return torch.cat([token_nll(model, ids.to(device), mask.to(device)) for ids, mask in blocks.batches()])
+
+
+@torch.no_grad()
+def leak(model: GPT2LMHeadModel, ids: Tensor) -> float:
+    """The largest change of any logit before a character of ids int64[1, tokens] when that character is changed: at
+    four places from the second to the last."""
+    ids = ids.to(gpt2.device(model))
+    most = 0.0
+    with gpt2.evaluating(model):
+        before = model(ids).logits
+        for place in torch.linspace(1, ids.shape[1] - 1, 4).long().tolist():
+            changed = ids.clone()
+            changed[0, place] = (changed[0, place] + 1) % model.config.vocab_size
+            difference = model(changed).logits[:, :place] - before[:, :place]
+            most = max(most, float(difference.abs().max()))
+    return most
+
+
+def _sample(model: GPT2LMHeadModel, text: CharacterText, settings: Mapping[str, Any]) -> str:
+    ids = text_ids(text.tokenizer, model.config.vocab_size, settings["prompt"])
+    new = min(SAMPLE, settings["block_size"] - len(ids))
+    forbidden = text_ids(text.tokenizer, model.config.vocab_size, UNKNOWN)
+    (written,) = continuations(model, [ids], new, forbidden=forbidden, top_k=TOP_K, seed=settings["seed"])
+    return str(text.tokenizer.decode(written, clean_up_tokenization_spaces=False))
+
+
+def frequency_nll(training: TokenBlocks, test: TokenBlocks, vocabulary: int) -> float:
+    """Nats per predicted character of the test rows for what knows only how often each is in the training rows (one
+    more than counted)."""
+    counts = torch.bincount(training.ids.flatten(), minlength=vocabulary).double() + 1
+    return float(-(counts / counts.sum()).log()[test.ids[:, 1:]].mean())
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def _file(state: Path, name: str) -> Path:
+    return Path(state) / f"{name}.json"
+
+
+def _stored(state: Path, name: str, settings: Mapping[str, Any]) -> Trained | None:
+    file = _file(state, name)
+    if not file.is_file():
+        return None
+    found = artifacts.read_json(file, _KIND, "study attention")
+    for key, value in settings.items():
+        if found["settings"].get(key) != value:
+            raise UserError(
+                f"{file} was trained with {key}={found['settings'].get(key)!r}, now it is {value!r}; give the same, or "
+                "another folder"
+            )
+    return Trained(**found["trained"])

@@ -1,0 +1,182 @@
+"""The comparison from scratch as tables, sentences, curves and samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..metrics.generation import loops
+from ..metrics.nll import standard_error
+from ..report import drawing, layout
+from ..report.figures import MISSING
+from ..report.layout import Table
+from ..report.pictures import Picture
+from ..report.tasks import Prompt, Sample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .attention_scratch import Trained
+
+_SAME_SPEED = 0.1  # types train one after another on a machine that does other things too
+_NO_LEAK = 1e-4  # of a logit: rounding
+
+
+def behind(one: Trained, vanilla: Trained) -> tuple[float, float]:
+    """How many nats per character of the test text one is above vanilla, and half the width of the 95 % interval of
+    that, from the differences of rows (inf with one row)."""
+    rows = torch.tensor(one.test_rows, dtype=torch.float64) - torch.tensor(vanilla.test_rows, dtype=torch.float64)
+    error = standard_error(rows, 1)
+    return float(rows.mean()), math.inf if error is None else 1.96 * error
+
+
+def _vanilla(made: Sequence[Trained]) -> Trained | None:
+    return next((one for one in made if one.attention_type == "vanilla"), None)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def tables(made: Sequence[Trained], settings: Mapping[str, Any], frequencies: float) -> tuple[Table, ...]:
+    vanilla = _vanilla(made)
+    count = len(made)
+    against = [
+        MISSING if vanilla is None or one is vanilla else "{:+.4f} ± {:.4f}".format(*behind(one, vanilla))
+        for one in made
+    ]
+    columns = {
+        "attention": [*(one.attention_type for one in made), "frequency of characters"],
+        "nats per character": [f"{loss:.4f}" for loss in (*(one.test for one in made), frequencies)],
+        "bits": [f"{loss / math.log(2):.4f}" for loss in (*(one.test for one in made), frequencies)],
+        "against vanilla": [*against, MISSING],
+        "selection": [*(f"{min(loss for _, loss in one.evaluations):.4f}" for one in made), MISSING],
+        "kept": [*(str(one.best) for one in made), MISSING],
+        "parameters": [*(f"{one.parameters:,}" for one in made), MISSING],
+        "s/iteration": [*(f"{one.seconds:.3f}" for one in made), MISSING],
+        "characters/s": [*(f"{one.speed:,.0f}" for one in made), MISSING],
+    }
+    how = made[0].how
+    note = (
+        f"Loss of the test text, {settings['test_characters']:,} characters predicted in {len(made[0].test_rows)} rows "
+        f"of {settings['block_size']}; against vanilla: with the 95 % interval of that text, row by row, and of one "
+        "seed. Selection: the same loss of the text by which the kept iteration was chosen. All have the same seed, "
+        "first weights, batches and iterations. Seconds are the mean of all iterations (forward, backward, optimiser) "
+        f"in one process, one type after another, on {how['device']} with {how['threads']} "
+        f"{'thread' if how['threads'] == 1 else 'threads'}, products in {how['autocast']}; vanilla trains with "
+        f"{how['attention']} attention."
+    )
+    own = {**settings, **settings["attention_config"]}
+    names = ("block_size", "max_iters", "batch_size", "learning_rate", "n_layer", "n_head", "n_embd", "block",
+             "vocabulary", "linformer_k", "nystrom_landmarks", "inverse", "performer_features", "feature_map",
+             "seed")  # fmt: skip
+    chosen = layout.make(
+        {"setting": list(names), "value": [str(own[name]) for name in names]},
+        "Settings of the training from scratch",
+        words=True,
+    )
+    return layout.make(columns, f"Trained from scratch, {count} kinds of attention", note, apart=1), chosen
+
+
+# ---------------------------------------------------------------- findings
+
+
+def findings(made: Sequence[Trained], settings: Mapping[str, Any], frequencies: float) -> Iterator[str]:
+    vanilla = _vanilla(made)
+    others = [one for one in made if one is not vanilla]
+    first = vanilla or made[0]
+    iterations = f"{settings['max_iters']:,} iterations of {settings['batch_size']} x {settings['block_size']}"
+    yield (
+        f"From scratch, after {iterations} characters, {first.attention_type} has {first.test:.3f} nats "
+        f"({first.test / math.log(2):.3f} bits) per character of the test text; the frequencies of characters alone "
+        f"give {frequencies:.3f}."
+    )
+    if vanilla is not None and others:
+        gaps = {one.attention_type: behind(one, vanilla) for one in others}
+        told = ", ".join(f"{name} {gap:+.3f} ± {half:.3f}" for name, (gap, half) in gaps.items())
+        equal = [name for name, (gap, half) in gaps.items() if gap <= half]
+        yield (
+            f"Test loss against vanilla's: {told}. No worse than vanilla, as far as this text and one seed tell: "
+            f"{_names(equal)}."
+        )
+        times = {one.attention_type: one.seconds / vanilla.seconds for one in others}
+        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in times.items())
+        faster = [name for name, ratio in times.items() if ratio < 1 - _SAME_SPEED]
+        both = [name for name in equal if name in faster]
+        yield (
+            f"An iteration at block_size {settings['block_size']} takes vanilla {vanilla.seconds:.3f} s, and of that "
+            f"{told} times as long. Faster by more than {_SAME_SPEED:.0%}: {_names(faster)}; faster and no worse: "
+            f"{_names(both)}."
+        )
+        more = {one.attention_type: one.parameters - vanilla.parameters for one in others}
+        told = ", ".join(f"{name} {count:+,}" for name, count in more.items())
+        yield f"Parameters against vanilla's {vanilla.parameters:,}: {told}."
+    seeing = {one.attention_type: one.leak for one in made if one.leak > _NO_LEAK}
+    if seeing:
+        yield f"Sees the future: {', '.join(f'{name} (a logit moves by {most:.1e})' for name, most in seeing.items())}."
+    else:
+        most = max(one.leak for one in made)
+        moves = f"by more than {most:.0e}" if most else "at all"
+        yield f"After training a changed character moves no logit before it {moves}: these are language models' losses."
+
+
+# ---------------------------------------------------------------- samples
+
+
+def prompt(made: Sequence[Trained], opening: str, top_k: int, seed: int) -> Prompt:
+    """What each type wrote after the same opening with the same random numbers."""
+    samples = tuple(Sample(one.attention_type, one.sample, loops([ord(sign) for sign in one.sample])) for one in made)
+    return Prompt(opening, f"top-k {top_k} characters", seed, samples)
+
+
+# ---------------------------------------------------------------- curves
+
+
+def pictures(made: Sequence[Trained]) -> tuple[Picture, ...]:
+    vanilla = _vanilla(made)
+    compared = vanilla is not None and len(made) > 1
+    with drawing.look():
+        figure, axes = drawing.panels(3 if compared else 2, 3.2)
+        for one, (colour, style) in zip(made, _looks(made), strict=True):
+            name = one.attention_type
+            axes[0].plot(*zip(*one.steps, strict=True), color=colour, linewidth=0.7, alpha=0.4)
+            _line(axes[0], [(step, loss) for step, loss in one.evaluations], colour, style, name)
+            _line(axes[1], [(step * one.seconds, loss) for step, loss in one.evaluations], colour, style, name)
+            if vanilla is not None and compared:
+                below = {step: loss for step, loss in vanilla.evaluations}
+                _line(axes[2], [(step, loss - below[step]) for step, loss in one.evaluations], colour, style, name)
+        for panel, head, across in zip(
+            axes,
+            ("Loss by iteration", "Loss by time", "Loss above vanilla's"),
+            ("iteration", "seconds of training", "iteration"),
+            strict=False,
+        ):
+            panel.set_title(head)
+            panel.set_xlabel(across)
+        axes[0].set_ylabel("nats per character")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+    caption = (
+        "Thin: loss of the training batches. Thick: loss of the selection text. Time is the iterations times their "
+        "mean seconds, evaluations apart."
+    )
+    if compared:
+        caption += " On the right the selection text's loss minus vanilla's after the same iterations."
+    return (Picture("attention_scratch.png", "Training from scratch", caption, figure),)
+
+
+def _looks(made: Sequence[Trained]) -> list[tuple[str, str]]:
+    """Colour and line of each; vanilla's is ink, and broken, so that what lies on it is seen."""
+    colours = iter(drawing.COLOURS)
+    return [(drawing.INK, "--") if one.attention_type == "vanilla" else (next(colours), "-") for one in made]
+
+
+def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str, style: str, name: str) -> None:
+    axes.plot(
+        *zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.5, marker="o", markersize=3.5, label=name
+    )
