@@ -7,6 +7,8 @@ import json
 import math
 from collections import Counter
 from itertools import pairwise
+from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +21,16 @@ from compressor.processes import Processes
 from compressor.report import layout
 from compressor.studies import attention_scratch as scratch
 from compressor.studies import attention_scratch_report as told
+from compressor.studies import attention_scratch_speed as speed
 from compressor.studies import character_models as models
 from compressor.studies.attention_scratch import Trained, from_scratch
+from compressor.studies.attention_scratch_speed import Times
 from compressor.studies.character_models import TYPES, AttentionConfig
 from compressor.studies.characters import UNKNOWN, character_text, character_tokenizer
 
 SMALL = {
     "block_size": 23,
-    "max_iters": 16,
+    "max_iters": 12,
     "batch_size": 3,
     "n_layer": 2,
     "n_head": 2,
@@ -35,7 +39,6 @@ SMALL = {
     "attention_config": {"linformer_k": 10, "nystrom_landmarks": 3, "performer_features": 8},
     "device": "cpu",
 }
-TIMES = {"seconds", "speed"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def text(source):
 
 
 def timeless(rows) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 # ---------------------------------------------------------------- characters
@@ -166,9 +169,9 @@ def test_they_learn_and_differ(compared):
     rows = compared[0].body["rows"]
     assert [row["attention_type"] for row in rows] == list(TYPES)
     for row in rows:
-        assert [step for step, _ in row["steps"]] == list(range(1, 17))
-        assert [step for step, _ in row["evaluations"]] == list(range(0, 17, 2))
-        assert min(loss for _, loss in row["evaluations"]) < row["evaluations"][0][1] - 0.2
+        assert [step for step, _ in row["steps"]] == list(range(1, 13))
+        assert [step for step, _ in row["evaluations"]] == list(range(13))
+        assert min(loss for _, loss in row["evaluations"]) < row["evaluations"][0][1] - 0.1
         assert UNKNOWN not in row["sample"] and len(row["sample"]) == 23 - 11
     assert len({tuple(row["test_rows"]) for row in rows}) == 4
     assert rows[1]["parameters"] == rows[0]["parameters"] + 2 * (2 * 2 * 5 + 2), "E, F and log-mass of both layers"
@@ -219,7 +222,7 @@ def test_a_killed_comparison_goes_on(compared, source, tmp_path):
     result = from_scratch(source, **SMALL, state=tmp_path, progress=lambda name, step: seen.append((name, step.step)))
     assert seen[0] == ("nystrom", 7), "what was done is not done again"
     assert timeless(result.body["rows"]) == timeless(compared[0].body["rows"])
-    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.json" for name in TYPES}
+    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.json" for name in (*TYPES, "seconds")}
     before = [file.read_bytes() for file in sorted(tmp_path.iterdir())]
     again = from_scratch(source, **SMALL, state=tmp_path, progress=lambda *_: pytest.fail("nothing is left to train"))
     assert again.body == result.body and again.tables == result.tables and again.findings == result.findings
@@ -274,12 +277,12 @@ def test_it_runs_in_one_process(source, monkeypatch):
 # ---------------------------------------------------------------- what is said
 
 
-def planted(name: str, rows: list[float], seconds: float, **changes) -> Trained:
+def planted(name: str, rows: list[float], **changes) -> Trained:
     fields = {
         "attention_type": name, "parameters": 1000, "steps": [[1, 4.0], [2, 3.0]], "best": 2,
-        "evaluations": [[0, 4.1], [2, 3.1]], "test_rows": rows, "test_count": 22 * len(rows), "seconds": seconds,
-        "speed": 69 / seconds, "leak": 0.0, "sample": "abc", "how": {"autocast": "bfloat16", "attention": "eager",
-        "device": "cpu", "threads": 1},
+        "evaluations": [[0, 4.1], [2, 3.1]], "test_rows": rows, "test_count": 22 * len(rows), "seconds": 2.0,
+        "leak": 0.0, "sample": "abc", "how": {"autocast": "bfloat16", "attention": "eager", "device": "cpu",
+        "threads": 1},
     }  # fmt: skip
     return Trained(**{**fields, **changes})
 
@@ -289,39 +292,62 @@ def settings(**changes):
             dataclasses.asdict(AttentionConfig(linformer_k=10, performer_features=8)), **changes}  # fmt: skip
 
 
-VANILLA = planted("vanilla", [2.0, 2.2, 1.8, 2.0], 1.0)
+VANILLA = planted("vanilla", [2.0, 2.2, 1.8, 2.0])
+TIMES = Times({"vanilla": [1.0, 4.0, 2.0], "linformer": [0.5, 2.0, 0.8], "nystrom": [2.0, 8.0, 5.0],
+               "performer": [0.8, 3.0, 2.1]})  # fmt: skip
 
 
 def test_gaps_are_paired_by_row():
-    gap, half = told.behind(planted("linformer", [2.1, 2.3, 1.9, 2.1], 1.0), VANILLA)
+    gap, half = told.behind(planted("linformer", [2.1, 2.3, 1.9, 2.1]), VANILLA)
     assert gap == pytest.approx(0.1) and half == pytest.approx(0, abs=1e-9), "rows differ, their differences do not"
-    gap, half = told.behind(planted("linformer", [2.1, 2.2, 1.9, 2.4], 1.0), VANILLA)
+    gap, half = told.behind(planted("linformer", [2.1, 2.2, 1.9, 2.4]), VANILLA)
     differences = torch.tensor([0.1, 0.0, 0.1, 0.4], dtype=torch.float64)
     assert gap == pytest.approx(0.15) and half == pytest.approx(1.96 * float(differences.std()) / 2)
 
 
+def test_times_are_compared_within_a_round():
+    assert (TIMES.count, TIMES.median("vanilla")) == (3, 2.0)
+    assert TIMES.ratios("performer", "vanilla") == pytest.approx([0.75, 0.8, 1.05])
+    assert TIMES.ratios("linformer", "vanilla") == pytest.approx([0.4, 0.5, 0.5])
+
+
+def test_types_take_turns(monkeypatch, text):
+    order = []
+
+    def once(model, blocks, evaluation, **settings):
+        order.append((model, settings["steps"], settings["batch_tokens"]))
+        return SimpleNamespace(training_seconds=float(len(order)))
+
+    monkeypatch.setattr(speed, "finetune", once)
+    times = speed.in_turns({"a": "A", "b": "B"}, text.training, batch_tokens=69, rounds=3)
+    assert [model for model, _, _ in order] == ["B", "A", "A", "B", "B", "A", "A", "B"]
+    assert all(rest == [1, 69] for _, *rest in order)
+    assert times.rounds == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}, "the first of each is not counted"
+
+
 def test_findings_tell_quality_speed_and_both():
-    worse = planted("linformer", [2.1, 2.3, 1.9, 2.1], 0.5, parameters=1044)
-    same = planted("nystrom", [2.1, 2.1, 1.9, 1.9], 2.0)
-    good = planted("performer", [1.9, 2.2, 1.8, 2.0], 0.8)
-    first, quality, speed, size, causal = told.findings([VANILLA, worse, same, good], settings(), 2.9)
+    worse = planted("linformer", [2.1, 2.3, 1.9, 2.1], parameters=1044)
+    same = planted("nystrom", [2.1, 2.1, 1.9, 1.9])
+    good = planted("performer", [1.9, 2.2, 1.8, 2.0])
+    made = [VANILLA, worse, same, good]
+    first, quality, fast, size, causal = told.findings(made, TIMES, settings(), 2.9)
     assert "vanilla has 2.000 nats (2.885 bits)" in first and "give 2.900" in first
     assert "linformer +0.100" in quality and quality.endswith("tell: nystrom, performer.")
-    assert "linformer 0.50, nystrom 2.00, performer 0.80" in speed
-    assert "10%: linformer, performer; faster and no worse: performer." in speed
+    assert "takes vanilla 2000 ms" in fast and "linformer 0.50, nystrom 2.00, performer 0.80" in fast
+    assert fast.endswith("Faster in every round: linformer; faster and no worse: none.")
     assert "linformer +44, nystrom +0" in size
     assert "at all" in causal
-    slow = dataclasses.replace(good, seconds=0.95, leak=0.3)
-    *_, speed, _, causal = told.findings([VANILLA, slow], settings(), 2.9)
-    assert speed.endswith("none; faster and no worse: none.")
+    quick = Times({**TIMES.rounds, "performer": [0.8, 3.0, 1.9]})
+    *_, fast, _, causal = told.findings([VANILLA, dataclasses.replace(good, leak=0.3)], quick, settings(), 2.9)
+    assert fast.endswith("Faster in every round: performer; faster and no worse: performer.")
     assert causal == "Sees the future: performer (a logit moves by 3.0e-01)."
 
 
 def test_without_vanilla_nothing_is_compared():
-    alone = [planted("performer", [2.0, 2.1], 1.0)]
-    assert len(list(told.findings(alone, settings(), 2.9))) == 2
-    assert told.tables(alone, settings(), 2.9)[0].body[0][3] == "-"
-    (picture,) = told.pictures(alone)
+    alone = [planted("performer", [2.0, 2.1])]
+    assert len(list(told.findings(alone, TIMES, settings(), 2.9))) == 2
+    assert told.tables(alone, TIMES, settings(), 2.9)[0].body[0][3] == "-"
+    (picture,) = told.pictures(alone, TIMES)
     assert len(picture.figure.axes) == 2
 
 
@@ -340,7 +366,7 @@ def test_table_curves_and_samples(compared):
     for line, row in zip(by_iteration.lines[1::2], rows, strict=True):
         assert line.get_xydata().tolist() == row["evaluations"] and line.get_label() == row["attention_type"]
     for line, row in zip(by_time.lines, rows, strict=True):
-        assert line.get_xdata()[-1] == pytest.approx(16 * row["seconds"])
+        assert line.get_xdata()[-1] == pytest.approx(12 * median(result.body["seconds"][row["attention_type"]]))
     gaps = [own[1] - base[1] for own, base in zip(rows[3]["evaluations"], rows[0]["evaluations"], strict=True)]
     assert above.lines[3].get_ydata().tolist() == pytest.approx(gaps)
     (prompt,) = result.prompts

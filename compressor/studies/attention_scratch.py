@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import artifacts, fields, gpt2, training_state
+from ..artifacts import Provenance
 from ..errors import UserError
 from ..finetune import StateFolder, Step, finetune
 from ..metrics.base import whole
@@ -31,9 +32,11 @@ from ..processes import LAUNCH, processes
 from ..report.layout import Table
 from ..report.pictures import Picture
 from ..report.tasks import Prompt
+from ..rewrites import Rewrite
 from ..session import ANYWHERE, Columns
 from ..tokens import TokenBlocks, text_ids
 from . import attention_scratch_report as told
+from .attention_scratch_speed import Times, in_turns
 from .character_models import TYPES, AttentionConfig, initial, rewrites_of, variant
 from .characters import UNKNOWN, CharacterText, character_text
 
@@ -54,8 +57,7 @@ class Trained:
     best: int  # the iteration whose weights were kept, by the selection text
     test_rows: list[float]  # the mean loss of each row of the test text
     test_count: int  # characters predicted there
-    seconds: float  # of an iteration: forward, backward and optimiser, the mean of all, evaluations apart
-    speed: float  # characters per second while training
+    seconds: float  # of all iterations (forward, backward, optimiser), evaluations apart
     leak: float  # the largest change of a logit before a character that was changed
     sample: str
     how: dict[str, Any]  # precision, attention implementation, device, threads
@@ -81,12 +83,12 @@ def from_scratch(
     *,
     attention_types: Sequence[str] = TYPES,
     block_size: int = 256,
-    max_iters: int = 200,
-    batch_size: int = 8,
-    learning_rate: float = 3e-3,
-    n_layer: int = 4,
-    n_head: int = 4,
-    n_embd: int = 128,
+    max_iters: int = 800,
+    batch_size: int = 4,
+    learning_rate: float = 1e-2,
+    n_layer: int = 2,
+    n_head: int = 2,
+    n_embd: int = 64,
     block: int = 32,
     attention_config: Mapping[str, Any] | None = None,
     prompt: str | None = None,
@@ -146,6 +148,7 @@ def from_scratch(
             model = variant(start, config, rewrite).to(target)  # type: ignore[arg-type]
             done = _trained(name, model, text, settings, state, progress)
         made.append(done)
+    times = _times(kinds, start, text, settings, state)
     described = {**settings, "vocabulary": config.vocab_size, "test_characters": made[0].test_count}
     frequencies = frequency_nll(text.training, text.test, config.vocab_size)
     return Scratch(
@@ -154,10 +157,11 @@ def from_scratch(
             "data": text.origin,
             "frequencies": frequencies,
             "rows": [asdict(one) for one in made],
+            "seconds": times.rounds,
         },
-        tables=told.tables(made, described, frequencies),
-        findings=tuple(told.findings(made, described, frequencies)),
-        pictures=told.pictures(made),
+        tables=told.tables(made, times, described, frequencies),
+        findings=tuple(told.findings(made, times, described, frequencies)),
+        pictures=told.pictures(made, times),
         prompts=(told.prompt(made, opening, TOP_K, seed),),
     )
 
@@ -183,11 +187,7 @@ def _trained(
     progress: Callable[[str, Step], None],
 ) -> Trained:
     every = max(1, settings["max_iters"] // EVALUATIONS)
-    digest = hashlib.sha256(json.dumps({**settings, "attention_type": name}, sort_keys=True).encode()).hexdigest()
-    origin = artifacts.provenance(
-        seed=settings["seed"], base_model=f"{name}, from scratch", base_hash=digest, device=settings["device"],
-        dtype="float32", data=text.origin,
-    )  # fmt: skip
+    origin = _origin(name, text, settings)
     folder = None if state is None else StateFolder(Path(state) / f"{name}_training", origin)
     recovery = finetune(
         model,
@@ -205,7 +205,6 @@ def _trained(
         progress=lambda step: progress(name, step),
     )
     nll = row_nll(model, text.test)
-    seconds = recovery.training_seconds / recovery.steps
     done = Trained(
         attention_type=name,
         parameters=parameters(model),
@@ -214,8 +213,7 @@ def _trained(
         best=recovery.best_step,
         test_rows=nll.mean(1).tolist(),
         test_count=nll.numel(),
-        seconds=seconds,
-        speed=recovery.tokens / recovery.training_seconds,
+        seconds=recovery.training_seconds,
         leak=leak(model, text.test.ids[:1]),
         sample=_sample(model, text, settings),
         how={key: recovery.settings[key] for key in ("autocast", "attention", "device", "threads")},
@@ -266,8 +264,36 @@ def frequency_nll(training: TokenBlocks, test: TokenBlocks, vocabulary: int) -> 
 # ---------------------------------------------------------------- what is kept
 
 
+def _origin(name: str, text: CharacterText, settings: Mapping[str, Any]) -> Provenance:
+    digest = hashlib.sha256(json.dumps({**settings, "attention_type": name}, sort_keys=True).encode()).hexdigest()
+    return artifacts.provenance(
+        seed=settings["seed"], base_model=f"{name}, from scratch", base_hash=digest, device=settings["device"],
+        dtype="float32", data=text.origin,
+    )  # fmt: skip
+
+
 def _file(state: Path, name: str) -> Path:
     return Path(state) / f"{name}.json"
+
+
+def _times(
+    kinds: Mapping[str, Rewrite | None],
+    start: GPT2LMHeadModel,
+    text: CharacterText,
+    settings: Mapping[str, Any],
+    state: Path | None,
+) -> Times:
+    """Of the types side by side: measured, or as kept where they were the same types."""
+    if state is not None and (file := _file(state, "seconds")).is_file():
+        found = artifacts.read_json(file, f"{_KIND}_seconds", "study attention")
+        if found["settings"] == settings and list(found["rounds"]) == list(kinds):
+            return Times(found["rounds"])
+    models = {name: variant(start, start.config, rewrite).to(settings["device"]) for name, rewrite in kinds.items()}
+    times = in_turns(models, text.training, batch_tokens=settings["batch_size"] * settings["block_size"])
+    if state is not None:
+        body = {"settings": dict(settings), "rounds": times.rounds}
+        artifacts.write_json(file, f"{_KIND}_seconds", body, _origin("all types", text, settings))
+    return times
 
 
 def _stored(state: Path, name: str, settings: Mapping[str, Any]) -> Trained | None:

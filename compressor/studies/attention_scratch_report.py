@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from .attention_scratch import Trained
+    from .attention_scratch_speed import Times
 
-_SAME_SPEED = 0.1  # types train one after another on a machine that does other things too
 _NO_LEAK = 1e-4  # of a logit: rounding
 
 
@@ -37,6 +38,10 @@ def _vanilla(made: Sequence[Trained]) -> Trained | None:
     return next((one for one in made if one.attention_type == "vanilla"), None)
 
 
+def _spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
 def _names(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "none"
 
@@ -44,11 +49,16 @@ def _names(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def tables(made: Sequence[Trained], settings: Mapping[str, Any], frequencies: float) -> tuple[Table, ...]:
+def tables(made: Sequence[Trained], times: Times, settings: Mapping[str, Any], frequencies: float) -> tuple[Table, ...]:
     vanilla = _vanilla(made)
     count = len(made)
     against = [
         MISSING if vanilla is None or one is vanilla else "{:+.4f} ± {:.4f}".format(*behind(one, vanilla))
+        for one in made
+    ]
+    medians = [times.median(one.attention_type) for one in made]
+    spread = [
+        MISSING if vanilla is None or one is vanilla else _spread(times.ratios(one.attention_type, "vanilla"))
         for one in made
     ]
     columns = {
@@ -59,18 +69,23 @@ def tables(made: Sequence[Trained], settings: Mapping[str, Any], frequencies: fl
         "selection": [*(f"{min(loss for _, loss in one.evaluations):.4f}" for one in made), MISSING],
         "kept": [*(str(one.best) for one in made), MISSING],
         "parameters": [*(f"{one.parameters:,}" for one in made), MISSING],
-        "s/iteration": [*(f"{one.seconds:.3f}" for one in made), MISSING],
-        "characters/s": [*(f"{one.speed:,.0f}" for one in made), MISSING],
+        "ms/iteration": [*(f"{1000 * seconds:.1f}" for seconds in medians), MISSING],
+        "times vanilla's": [*spread, MISSING],
+        "characters/s": [
+            *(f"{settings['batch_size'] * settings['block_size'] / one:,.0f}" for one in medians),
+            MISSING,
+        ],
     }
     how = made[0].how
     note = (
         f"Loss of the test text, {settings['test_characters']:,} characters predicted in {len(made[0].test_rows)} rows "
         f"of {settings['block_size']}; against vanilla: with the 95 % interval of that text, row by row, and of one "
         "seed. Selection: the same loss of the text by which the kept iteration was chosen. All have the same seed, "
-        "first weights, batches and iterations. Seconds are the mean of all iterations (forward, backward, optimiser) "
-        f"in one process, one type after another, on {how['device']} with {how['threads']} "
-        f"{'thread' if how['threads'] == 1 else 'threads'}, products in {how['autocast']}; vanilla trains with "
-        f"{how['attention']} attention."
+        "first weights, batches and iterations. Times are of an iteration (forward, backward, optimiser), taken apart "
+        f"from the training with the types in turns in one process: the median of {times.count} rounds, and how many "
+        f"times as long as vanilla in the round, median and extremes. On {how['device']} with {how['threads']} "
+        f"{'thread' if how['threads'] == 1 else 'threads'}, products in {how['autocast']}; {made[0].attention_type} "
+        f"trains with {how['attention']} attention."
     )
     own = {**settings, **settings["attention_config"]}
     names = ("block_size", "max_iters", "batch_size", "learning_rate", "n_layer", "n_head", "n_embd", "block",
@@ -87,7 +102,7 @@ def tables(made: Sequence[Trained], settings: Mapping[str, Any], frequencies: fl
 # ---------------------------------------------------------------- findings
 
 
-def findings(made: Sequence[Trained], settings: Mapping[str, Any], frequencies: float) -> Iterator[str]:
+def findings(made: Sequence[Trained], times: Times, settings: Mapping[str, Any], frequencies: float) -> Iterator[str]:
     vanilla = _vanilla(made)
     others = [one for one in made if one is not vanilla]
     first = vanilla or made[0]
@@ -105,13 +120,13 @@ def findings(made: Sequence[Trained], settings: Mapping[str, Any], frequencies: 
             f"Test loss against vanilla's: {told}. No worse than vanilla, as far as this text and one seed tell: "
             f"{_names(equal)}."
         )
-        times = {one.attention_type: one.seconds / vanilla.seconds for one in others}
-        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in times.items())
-        faster = [name for name, ratio in times.items() if ratio < 1 - _SAME_SPEED]
+        ratios = {one.attention_type: times.ratios(one.attention_type, "vanilla") for one in others}
+        told = ", ".join(f"{name} {statistics.median(own):.2f}" for name, own in ratios.items())
+        faster = [name for name, own in ratios.items() if own[-1] < 1]
         both = [name for name in equal if name in faster]
         yield (
-            f"An iteration at block_size {settings['block_size']} takes vanilla {vanilla.seconds:.3f} s, and of that "
-            f"{told} times as long. Faster by more than {_SAME_SPEED:.0%}: {_names(faster)}; faster and no worse: "
+            f"An iteration at block_size {settings['block_size']} takes vanilla {1000 * times.median('vanilla'):.0f} "
+            f"ms, and of that {told} times as long. Faster in every round: {_names(faster)}; faster and no worse: "
             f"{_names(both)}."
         )
         more = {one.attention_type: one.parameters - vanilla.parameters for one in others}
@@ -138,7 +153,7 @@ def prompt(made: Sequence[Trained], opening: str, top_k: int, seed: int) -> Prom
 # ---------------------------------------------------------------- curves
 
 
-def pictures(made: Sequence[Trained]) -> tuple[Picture, ...]:
+def pictures(made: Sequence[Trained], times: Times) -> tuple[Picture, ...]:
     vanilla = _vanilla(made)
     compared = vanilla is not None and len(made) > 1
     with drawing.look():
@@ -147,7 +162,7 @@ def pictures(made: Sequence[Trained]) -> tuple[Picture, ...]:
             name = one.attention_type
             axes[0].plot(*zip(*one.steps, strict=True), color=colour, linewidth=0.7, alpha=0.4)
             _line(axes[0], [(step, loss) for step, loss in one.evaluations], colour, style, name)
-            _line(axes[1], [(step * one.seconds, loss) for step, loss in one.evaluations], colour, style, name)
+            _line(axes[1], [(step * times.median(name), loss) for step, loss in one.evaluations], colour, style, name)
             if vanilla is not None and compared:
                 below = {step: loss for step, loss in vanilla.evaluations}
                 _line(axes[2], [(step, loss - below[step]) for step, loss in one.evaluations], colour, style, name)
@@ -160,14 +175,25 @@ def pictures(made: Sequence[Trained]) -> tuple[Picture, ...]:
             panel.set_title(head)
             panel.set_xlabel(across)
         axes[0].set_ylabel("nats per character")
+        low, high = _range(made)
+        axes[0].set_ylim(low, high)
+        axes[1].set_ylim(low, high)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
     caption = (
-        "Thin: loss of the training batches. Thick: loss of the selection text. Time is the iterations times their "
-        "mean seconds, evaluations apart."
+        "Thin: loss of the training batches. Thick: loss of the selection text, from its second evaluation on. Time is "
+        "the iterations times the median seconds of one, evaluations apart."
     )
     if compared:
         caption += " On the right the selection text's loss minus vanilla's after the same iterations."
     return (Picture("attention_scratch.png", "Training from scratch", caption, figure),)
+
+
+def _range(made: Sequence[Trained]) -> tuple[float, float]:
+    """What the curves are seen in: without the start, beside which all that follows looks alike."""
+    after = [loss for one in made for _, loss in one.evaluations[1:]]
+    least = min([*after, *(loss for one in made for _, loss in one.steps)])
+    room = 0.05 * (max(after) - least)
+    return least - room, max(after) + 3 * room
 
 
 def _looks(made: Sequence[Trained]) -> list[tuple[str, str]]:
