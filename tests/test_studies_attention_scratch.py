@@ -32,6 +32,7 @@ SMALL = {
     "block_size": 23,
     "max_iters": 12,
     "batch_size": 3,
+    "learning_rate": 3e-3,
     "n_layer": 2,
     "n_head": 2,
     "n_embd": 16,
@@ -228,7 +229,7 @@ def test_a_killed_comparison_goes_on(compared, source, tmp_path):
     assert again.body == result.body and again.tables == result.tables and again.findings == result.findings
     assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == before
     with pytest.raises(UserError, match=r"learning_rate=0\.003, now it is 0\.01") as error:
-        from_scratch(source, **SMALL, state=tmp_path, learning_rate=0.01)
+        from_scratch(source, **{**SMALL, "learning_rate": 0.01}, state=tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -288,7 +289,7 @@ def planted(name: str, rows: list[float], **changes) -> Trained:
 
 
 def settings(**changes):
-    return {**SMALL, "learning_rate": 3e-3, "seed": 0, "vocabulary": 20, "test_characters": 88, "attention_config":
+    return {**SMALL, "seed": 0, "vocabulary": 20, "test_characters": 88, "attention_config":
             dataclasses.asdict(AttentionConfig(linformer_k=10, performer_features=8)), **changes}  # fmt: skip
 
 
