@@ -22,6 +22,7 @@ from compressor.report import layout
 from compressor.studies import attention_scratch as scratch
 from compressor.studies import attention_scratch_report as told
 from compressor.studies import attention_scratch_speed as speed
+from compressor.studies import character_losses as losses
 from compressor.studies import character_models as models
 from compressor.studies.attention_scratch import Trained, from_scratch
 from compressor.studies.attention_scratch_speed import Times
@@ -97,13 +98,21 @@ def test_rows_are_full_and_of_their_own_part(source, text):
     assert not data.overlap(text.origin["selection"], text.origin["test"])
 
 
-def test_the_frequencies_alone(text):
-    counts = Counter(text.training.ids.flatten().tolist())
+def test_what_counts_alone_give(text):
     size = len(text.tokenizer)
+    single, pairs = Counter(text.training.ids.flatten().tolist()), Counter()
+    for row in text.training.ids.tolist():
+        pairs.update(pairwise(row))
+    first = Counter()
+    for (before, _), often in pairs.items():
+        first[before] += often
+    wanted = [pair for row in text.test.ids.tolist() for pair in pairwise(row)]
     total = text.training.ids.numel() + size
-    wanted = text.test.ids[:, 1:].flatten().tolist()
-    losses = [-math.log((counts[token] + 1) / total) for token in wanted]
-    assert scratch.frequency_nll(text.training, text.test, size) == pytest.approx(sum(losses) / len(losses))
+    alone = [-math.log((single[after] + 1) / total) for _, after in wanted]
+    after_one = [-math.log((pairs[pair] + 1) / (first[pair[0]] + size)) for pair in wanted]
+    found = losses.counted_nll(text.training, text.test, size)
+    assert found["single characters"] == pytest.approx(sum(alone) / len(alone))
+    assert found["pairs of characters"] == pytest.approx(sum(after_one) / len(after_one))
 
 
 # ---------------------------------------------------------------- models
@@ -154,14 +163,14 @@ def test_the_sources_knobs():
 def test_the_test_loss_is_that_of_a_loop_over_characters(compared, text):
     result, trained = compared
     for row in result.body["rows"]:
-        model, losses = trained[row["attention_type"]].eval(), []
+        model, found = trained[row["attention_type"]].eval(), []
         for ids in text.test.ids[:3]:
             own = []
             for place in range(1, len(ids)):
                 with torch.no_grad():
                     own.append(-model(ids[None, :place]).logits[0, -1].log_softmax(0)[ids[place]].item())
-            losses.append(sum(own) / len(own))
-        assert row["test_rows"][:3] == pytest.approx(losses, abs=2e-5)
+            found.append(sum(own) / len(own))
+        assert row["test_rows"][:3] == pytest.approx(found, abs=2e-5)
         assert row["test_count"] == text.test.ids[:, 1:].numel()
         assert Trained(**row).test == pytest.approx(sum(row["test_rows"]) / len(row["test_rows"]))
 
@@ -196,9 +205,9 @@ def test_trained_models_do_not_see_the_future(compared):
 
 def test_a_leak_is_found():
     model = toy_gpt2(n_layer=2)
-    assert scratch.leak(model, torch.arange(1, 20)[None]) < 1e-5
+    assert losses.leak(model, torch.arange(1, 20)[None]) < 1e-5
     model.transformer.h[0].register_forward_hook(lambda module, given, output: output + 0.1 * output.flip(1))
-    assert scratch.leak(model, torch.arange(1, 20)[None]) > 1e-2
+    assert losses.leak(model, torch.arange(1, 20)[None]) > 1e-2
 
 
 def test_the_same_seed_gives_the_same_curve(compared, source):
@@ -293,6 +302,7 @@ def settings(**changes):
             dataclasses.asdict(AttentionConfig(linformer_k=10, performer_features=8)), **changes}  # fmt: skip
 
 
+COUNTS = {"single characters": 2.9, "pairs of characters": 2.5}
 VANILLA = planted("vanilla", [2.0, 2.2, 1.8, 2.0])
 TIMES = Times({"vanilla": [1.0, 4.0, 2.0], "linformer": [0.5, 2.0, 0.8], "nystrom": [2.0, 8.0, 5.0],
                "performer": [0.8, 3.0, 2.1]})  # fmt: skip
@@ -331,23 +341,31 @@ def test_findings_tell_quality_speed_and_both():
     same = planted("nystrom", [2.1, 2.1, 1.9, 1.9])
     good = planted("performer", [1.9, 2.2, 1.8, 2.0])
     made = [VANILLA, worse, same, good]
-    first, quality, fast, size, causal = told.findings(made, TIMES, settings(), 2.9)
-    assert "vanilla has 2.000 nats (2.885 bits)" in first and "give 2.900" in first
+    first, quality, fast, size, causal = told.findings(made, TIMES, settings(), COUNTS)
+    assert "vanilla has 2.000 nats (2.885 bits)" in first and first.endswith(
+        "counts of single characters 2.900 and pairs of characters 2.500."
+    )
     assert "linformer +0.100" in quality and quality.endswith("tell: nystrom, performer.")
     assert "takes vanilla 2000 ms" in fast and "linformer 0.50, nystrom 2.00, performer 0.80" in fast
     assert fast.endswith("Faster in every round: linformer; faster and no worse: none.")
     assert "linformer +44, nystrom +0" in size
     assert "at all" in causal
     quick = Times({**TIMES.rounds, "performer": [0.8, 3.0, 1.9]})
-    *_, fast, _, causal = told.findings([VANILLA, dataclasses.replace(good, leak=0.3)], quick, settings(), 2.9)
+    *_, fast, _, causal = told.findings([VANILLA, dataclasses.replace(good, leak=0.3)], quick, settings(), COUNTS)
     assert fast.endswith("Faster in every round: performer; faster and no worse: performer.")
     assert causal == "Sees the future: performer (a logit moves by 3.0e-01)."
 
 
+def test_what_has_hardly_learned_is_named():
+    slow = planted("nystrom", [2.45, 2.45, 2.5, 2.4])
+    _, short, *_ = told.findings([VANILLA, slow], TIMES, settings(), COUNTS)
+    assert short.startswith("No more than 0.1 nats better than counts of pairs: nystrom. ")
+
+
 def test_without_vanilla_nothing_is_compared():
     alone = [planted("performer", [2.0, 2.1])]
-    assert len(list(told.findings(alone, TIMES, settings(), 2.9))) == 2
-    assert told.tables(alone, TIMES, settings(), 2.9)[0].body[0][3] == "-"
+    assert len(list(told.findings(alone, TIMES, settings(), COUNTS))) == 2
+    assert told.tables(alone, TIMES, settings(), COUNTS)[0].body[0][3] == "-"
     (picture,) = told.pictures(alone, TIMES)
     assert len(picture.figure.axes) == 2
 
@@ -357,7 +375,8 @@ def test_table_curves_and_samples(compared):
     rows = result.body["rows"]
     json.dumps(result.body, allow_nan=False)
     main, chosen = result.tables
-    assert [line[0] for line in main.body] == [*TYPES, "frequency of characters"] and main.apart == 1
+    assert [line[0] for line in main.body] == [*TYPES, "counts of single characters", "counts of pairs of characters"]
+    assert main.apart == 2
     for line, row in zip(main.body, rows, strict=False):
         loss = sum(row["test_rows"]) / len(row["test_rows"])
         assert (line[1], line[2]) == (f"{loss:.4f}", f"{loss / math.log(2):.4f}")

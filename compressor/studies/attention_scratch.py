@@ -15,17 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from .. import artifacts, fields, gpt2, training_state
+from .. import artifacts, fields, training_state
 from ..artifacts import Provenance
 from ..errors import UserError
 from ..finetune import StateFolder, Step, finetune
 from ..metrics.base import whole
 from ..metrics.decoding import continuations
-from ..metrics.nll import token_nll
 from ..metrics.size import parameters
 from ..models import parse_device
 from ..processes import LAUNCH, processes
@@ -37,6 +34,7 @@ from ..session import ANYWHERE, Columns
 from ..tokens import TokenBlocks, text_ids
 from . import attention_scratch_report as told
 from .attention_scratch_speed import Times, in_turns
+from .character_losses import counted_nll, leak, row_nll
 from .character_models import TYPES, AttentionConfig, initial, rewrites_of, variant
 from .characters import UNKNOWN, CharacterText, character_text
 
@@ -150,17 +148,17 @@ def from_scratch(
         made.append(done)
     times = _times(kinds, start, text, settings, state)
     described = {**settings, "vocabulary": config.vocab_size, "test_characters": made[0].test_count}
-    frequencies = frequency_nll(text.training, text.test, config.vocab_size)
+    counts = counted_nll(text.training, text.test, config.vocab_size)
     return Scratch(
         body={
             "settings": described,
             "data": text.origin,
-            "frequencies": frequencies,
+            "counts": counts,
             "rows": [asdict(one) for one in made],
             "seconds": times.rounds,
         },
-        tables=told.tables(made, times, described, frequencies),
-        findings=tuple(told.findings(made, times, described, frequencies)),
+        tables=told.tables(made, times, described, counts),
+        findings=tuple(told.findings(made, times, described, counts)),
         pictures=told.pictures(made, times),
         prompts=(told.prompt(made, opening, TOP_K, seed),),
     )
@@ -224,41 +222,12 @@ def _trained(
     return done
 
 
-def row_nll(model: GPT2LMHeadModel, blocks: TokenBlocks) -> Tensor:
-    """NLL in nats of every character but the first of each row: float64[rows, block_size - 1]."""
-    device = gpt2.device(model)
-    return torch.cat([token_nll(model, ids.to(device), mask.to(device)) for ids, mask in blocks.batches()])
-
-
-@torch.no_grad()
-def leak(model: GPT2LMHeadModel, ids: Tensor) -> float:
-    """The largest change of any logit before a character of ids int64[1, tokens] when that character is changed: at
-    four places from the second to the last."""
-    ids = ids.to(gpt2.device(model))
-    most = 0.0
-    with gpt2.evaluating(model):
-        before = model(ids).logits
-        for place in torch.linspace(1, ids.shape[1] - 1, 4).long().tolist():
-            changed = ids.clone()
-            changed[0, place] = (changed[0, place] + 1) % model.config.vocab_size
-            difference = model(changed).logits[:, :place] - before[:, :place]
-            most = max(most, float(difference.abs().max()))
-    return most
-
-
 def _sample(model: GPT2LMHeadModel, text: CharacterText, settings: Mapping[str, Any]) -> str:
     ids = text_ids(text.tokenizer, model.config.vocab_size, settings["prompt"])
     new = min(SAMPLE, settings["block_size"] - len(ids))
     forbidden = text_ids(text.tokenizer, model.config.vocab_size, UNKNOWN)
     (written,) = continuations(model, [ids], new, forbidden=forbidden, top_k=TOP_K, seed=settings["seed"])
     return str(text.tokenizer.decode(written, clean_up_tokenization_spaces=False))
-
-
-def frequency_nll(training: TokenBlocks, test: TokenBlocks, vocabulary: int) -> float:
-    """Nats per predicted character of the test rows for what knows only how often each is in the training rows (one
-    more than counted)."""
-    counts = torch.bincount(training.ids.flatten(), minlength=vocabulary).double() + 1
-    return float(-(counts / counts.sum()).log()[test.ids[:, 1:]].mean())
 
 
 # ---------------------------------------------------------------- what is kept

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .attention_scratch import Trained
     from .attention_scratch_speed import Times
 
+_LEARNED = 0.1  # nats per character: what has learned more than pairs
 _NO_LEAK = 1e-4  # of a logit: rounding
 
 
@@ -49,9 +50,10 @@ def _names(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def tables(made: Sequence[Trained], times: Times, settings: Mapping[str, Any], frequencies: float) -> tuple[Table, ...]:
+def tables(
+    made: Sequence[Trained], times: Times, settings: Mapping[str, Any], counts: Mapping[str, float]
+) -> tuple[Table, ...]:
     vanilla = _vanilla(made)
-    count = len(made)
     against = [
         MISSING if vanilla is None or one is vanilla else "{:+.4f} ± {:.4f}".format(*behind(one, vanilla))
         for one in made
@@ -61,19 +63,21 @@ def tables(made: Sequence[Trained], times: Times, settings: Mapping[str, Any], f
         MISSING if vanilla is None or one is vanilla else _spread(times.ratios(one.attention_type, "vanilla"))
         for one in made
     ]
+    losses = [*(one.test for one in made), *counts.values()]
+    no_model = [MISSING] * len(counts)
     columns = {
-        "attention": [*(one.attention_type for one in made), "frequency of characters"],
-        "nats per character": [f"{loss:.4f}" for loss in (*(one.test for one in made), frequencies)],
-        "bits": [f"{loss / math.log(2):.4f}" for loss in (*(one.test for one in made), frequencies)],
-        "against vanilla": [*against, MISSING],
-        "selection": [*(f"{min(loss for _, loss in one.evaluations):.4f}" for one in made), MISSING],
-        "kept": [*(str(one.best) for one in made), MISSING],
-        "parameters": [*(f"{one.parameters:,}" for one in made), MISSING],
-        "ms/iteration": [*(f"{1000 * seconds:.1f}" for seconds in medians), MISSING],
-        "times vanilla's": [*spread, MISSING],
+        "attention": [*(one.attention_type for one in made), *(f"counts of {name}" for name in counts)],
+        "nats per character": [f"{loss:.4f}" for loss in losses],
+        "bits": [f"{loss / math.log(2):.4f}" for loss in losses],
+        "against vanilla": [*against, *no_model],
+        "selection": [*(f"{min(loss for _, loss in one.evaluations):.4f}" for one in made), *no_model],
+        "kept": [*(str(one.best) for one in made), *no_model],
+        "parameters": [*(f"{one.parameters:,}" for one in made), *no_model],
+        "ms/iteration": [*(f"{1000 * seconds:.1f}" for seconds in medians), *no_model],
+        "times vanilla's": [*spread, *no_model],
         "characters/s": [
             *(f"{settings['batch_size'] * settings['block_size'] / one:,.0f}" for one in medians),
-            MISSING,
+            *no_model,
         ],
     }
     how = made[0].how
@@ -96,22 +100,32 @@ def tables(made: Sequence[Trained], times: Times, settings: Mapping[str, Any], f
         "Settings of the training from scratch",
         words=True,
     )
-    return layout.make(columns, f"Trained from scratch, {count} kinds of attention", note, apart=1), chosen
+    title = f"Trained from scratch, {len(made)} kinds of attention"
+    return layout.make(columns, title, note, apart=len(counts)), chosen
 
 
 # ---------------------------------------------------------------- findings
 
 
-def findings(made: Sequence[Trained], times: Times, settings: Mapping[str, Any], frequencies: float) -> Iterator[str]:
+def findings(
+    made: Sequence[Trained], times: Times, settings: Mapping[str, Any], counts: Mapping[str, float]
+) -> Iterator[str]:
     vanilla = _vanilla(made)
     others = [one for one in made if one is not vanilla]
     first = vanilla or made[0]
     iterations = f"{settings['max_iters']:,} iterations of {settings['batch_size']} x {settings['block_size']}"
     yield (
         f"From scratch, after {iterations} characters, {first.attention_type} has {first.test:.3f} nats "
-        f"({first.test / math.log(2):.3f} bits) per character of the test text; the frequencies of characters alone "
-        f"give {frequencies:.3f}."
+        f"({first.test / math.log(2):.3f} bits) per character of the test text; counts of "
+        f"{' and '.join(f'{name} {loss:.3f}' for name, loss in counts.items())}."
     )
+    short = [one.attention_type for one in made if one.test > min(counts.values()) - _LEARNED]
+    if short:
+        yield (
+            f"No more than {_LEARNED} nats better than counts of pairs: {', '.join(short)}. Losses of so short a "
+            "training tell which attention learns to look beyond the character before first, not which ends lower; "
+            "raise max_iters for that."
+        )
     if vanilla is not None and others:
         gaps = {one.attention_type: behind(one, vanilla) for one in others}
         told = ", ".join(f"{name} {gap:+.3f} ± {half:.3f}" for name, (gap, half) in gaps.items())
