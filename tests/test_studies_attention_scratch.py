@@ -362,6 +362,13 @@ def test_what_has_hardly_learned_is_named():
     assert short.startswith("No more than 0.1 nats better than counts of pairs: nystrom. ")
 
 
+def test_a_lower_loss_is_not_called_a_better_attention():
+    low = planted("performer", [1.7, 1.9, 1.5, 1.71])
+    _, quality, lower, *_ = told.findings([VANILLA, low], TIMES, settings(), COUNTS)
+    assert quality.endswith("tell: performer.")
+    assert lower.startswith("Lower than vanilla's: performer, with the same iterations")
+
+
 def test_without_vanilla_nothing_is_compared():
     alone = [planted("performer", [2.0, 2.1])]
     assert len(list(told.findings(alone, TIMES, settings(), COUNTS))) == 2

@@ -81,7 +81,7 @@ def from_scratch(
     *,
     attention_types: Sequence[str] = TYPES,
     block_size: int = 256,
-    max_iters: int = 800,
+    max_iters: int = 2000,
     batch_size: int = 4,
     learning_rate: float = 1e-2,
     n_layer: int = 2,
