@@ -14,14 +14,17 @@ from compressor.report.layout import make
 from compressor.studies import STUDIES, attention, run_measured
 from compressor.studies.attention import AttentionSettings
 from compressor.studies.attention_figures import crossing
-from compressor.studies.counts import Counts, joined
+from compressor.studies.counts import Outcome, joined
 from compressor.studies.measured import STATE, settings_of
 
 STUDY = STUDIES["attention"]
 SMALL = ["lengths=[16,24,40]", "knob_length=24", "repeats=2", "heads=2", "head_dim=8", "block=8", "slots=[1,4]",
-         "landmarks=[2,4]", "features=[4,6]", "matrix_length=40", "norms=[2,6]", "correlations=[0.9]"]  # fmt: skip
+         "landmarks=[2,4]", "features=[4,6]", "matrix_length=40", "norms=[2,6]", "correlations=[0.9]",
+         "attention_types=[]"]  # fmt: skip
+SCRATCH = ["attention_types=[vanilla,performer]", "block_size=16", "max_iters=2", "batch_size=2", "n_layer=1",
+           "n_embd=8", "scratch_block=4"]  # fmt: skip
 PICTURES = {"attention_time.png", "attention_memory.png", "attention_cache.png", "attention_knobs.png",
-            "attention_likeness.png", "attention_error_by_cache.png"}  # fmt: skip
+            "attention_likeness.png", "attention_error_by_cache.png", "attention_scratch.png"}  # fmt: skip
 
 
 @pytest.fixture
@@ -30,10 +33,12 @@ def small(tiny_folder, text_file):
 
 
 def test_command_line(run, tmp_path, small):
-    answer = run("study", "attention", *small, "--run", tmp_path / "s", "--device", "cpu", "--json")
+    answer = run("study", "attention", *small, *SCRATCH, "--run", tmp_path / "s", "--device", "cpu", "--json")
     assert answer.code == 0 and not answer.err, answer.err
     body, made = answer.json, tree(tmp_path / "s")
-    assert set(made) == {"report.json", "report.md", "report.html", STATE, *PICTURES}
+    trained = {"from_scratch", *(f"from_scratch/{name}.json" for name in ("vanilla", "performer", "seconds"))}
+    assert set(made) == {"report.json", "report.md", "report.html", STATE, *PICTURES, *trained}
+    assert [row["attention_type"] for row in body["from_scratch"]["rows"]] == ["vanilla", "performer"]
     assert all(made[name].startswith(b"\x89PNG") for name in PICTURES)
     names = {record["name"] for record in body["costs"]}
     every = 2 + 2 + 4 + 4 * 2 + 1
@@ -53,7 +58,7 @@ def test_command_line(run, tmp_path, small):
 
 def test_a_cut_one_goes_on(small, tmp_path, session, monkeypatch):
     table = make({"attention": ["a"]})
-    monkeypatch.setattr(attention, "report_of", lambda measured: Counts(measured.body(), (table,), (), ()))  # no plots
+    monkeypatch.setattr(attention, "report_of", lambda measured: Outcome(measured.body(), (table,), (), ()))  # no plots
     real, calls = attention._matches, []
 
     def cut(settings, heads, *rest):
@@ -84,6 +89,15 @@ def test_a_cut_one_goes_on(small, tmp_path, session, monkeypatch):
     assert run_measured(STUDY, tmp_path / "s", small, session).body == counted.body, "all of it is kept"
     with pytest.raises(ZeroDivisionError):
         run_measured(STUDY, tmp_path / "s", small, forced(session))
+
+
+def test_what_is_trained_is_checked_before_anything_is_measured(small, tmp_path, session):
+    for changed, said in (("scratch_block=256", "block is 256; allowed: 1 to 255"), ("n_embd=63", "multiples of 2"),
+                          ("attention_types=[softmax]", "softmax"), ("prompt=7", "prompt"),
+                          ("attention_config={linformer_k: 7}", "linformer_k is 7")):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            run_measured(STUDY, tmp_path / "s", [*small, *SCRATCH[:1], changed], session)
+    assert not (tmp_path / "s").exists()
 
 
 def test_it_refuses_folders_of_other_things(small, tmp_path, session):
@@ -135,5 +149,5 @@ def test_crossings_are_where_lines_cross():
 
 
 def test_parts_of_one_report_are_joined():
-    one, two = Counts({"a": 1}, ("t",), ("f",), ()), Counts({"b": 2}, ("u",), (), ("p",))
-    assert joined([one, two]) == Counts({"a": 1, "b": 2}, ("t", "u"), ("f",), ("p",))
+    one, two = Outcome({"a": 1}, ("t",), ("f",), ()), Outcome({"b": 2}, ("u",), (), ("p",))
+    assert joined([one, two]) == Outcome({"a": 1, "b": 2}, ("t", "u"), ("f",), ("p",))

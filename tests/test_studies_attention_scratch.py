@@ -162,7 +162,7 @@ def test_the_sources_knobs():
 
 def test_the_test_loss_is_that_of_a_loop_over_characters(compared, text):
     result, trained = compared
-    for row in result.body["rows"]:
+    for row in result.body["from_scratch"]["rows"]:
         model, found = trained[row["attention_type"]].eval(), []
         for ids in text.test.ids[:3]:
             own = []
@@ -176,7 +176,7 @@ def test_the_test_loss_is_that_of_a_loop_over_characters(compared, text):
 
 
 def test_they_learn_and_differ(compared):
-    rows = compared[0].body["rows"]
+    rows = compared[0].body["from_scratch"]["rows"]
     assert [row["attention_type"] for row in rows] == list(TYPES)
     for row in rows:
         assert [step for step, _ in row["steps"]] == list(range(1, 13))
@@ -190,7 +190,7 @@ def test_they_learn_and_differ(compared):
 
 def test_trained_models_do_not_see_the_future(compared):
     result, trained = compared
-    assert all(row["leak"] < 1e-5 for row in result.body["rows"])
+    assert all(row["leak"] < 1e-5 for row in result.body["from_scratch"]["rows"])
     ids = torch.randint(1, 20, (1, 23))
     for name, model in trained.items():
         with torch.no_grad():
@@ -211,10 +211,10 @@ def test_a_leak_is_found():
 
 
 def test_the_same_seed_gives_the_same_curve(compared, source):
-    first = compared[0].body["rows"][3]
-    (again,) = from_scratch(source, **SMALL, attention_types=["performer"]).body["rows"]
+    first = compared[0].body["from_scratch"]["rows"][3]
+    (again,) = from_scratch(source, **SMALL, attention_types=["performer"]).body["from_scratch"]["rows"]
     assert timeless([again]) == timeless([first])
-    (other,) = from_scratch(source, **SMALL, attention_types=["performer"], seed=1).body["rows"]
+    (other,) = from_scratch(source, **SMALL, attention_types=["performer"], seed=1).body["from_scratch"]["rows"]
     assert other["steps"] != first["steps"]
 
 
@@ -231,7 +231,7 @@ def test_a_killed_comparison_goes_on(compared, source, tmp_path):
     seen = []
     result = from_scratch(source, **SMALL, state=tmp_path, progress=lambda name, step: seen.append((name, step.step)))
     assert seen[0] == ("nystrom", 7), "what was done is not done again"
-    assert timeless(result.body["rows"]) == timeless(compared[0].body["rows"])
+    assert timeless(result.body["from_scratch"]["rows"]) == timeless(compared[0].body["from_scratch"]["rows"])
     assert {file.name for file in tmp_path.iterdir()} == {f"{name}.json" for name in (*TYPES, "seconds")}
     before = [file.read_bytes() for file in sorted(tmp_path.iterdir())]
     again = from_scratch(source, **SMALL, state=tmp_path, progress=lambda *_: pytest.fail("nothing is left to train"))
@@ -379,7 +379,7 @@ def test_without_vanilla_nothing_is_compared():
 
 def test_table_curves_and_samples(compared):
     result, _ = compared
-    rows = result.body["rows"]
+    rows = result.body["from_scratch"]["rows"]
     json.dumps(result.body, allow_nan=False)
     main, chosen = result.tables
     assert [line[0] for line in main.body] == [*TYPES, "counts of single characters", "counts of pairs of characters"]
@@ -393,9 +393,11 @@ def test_table_curves_and_samples(compared):
     for line, row in zip(by_iteration.lines[1::2], rows, strict=True):
         assert line.get_xydata().tolist() == row["evaluations"] and line.get_label() == row["attention_type"]
     for line, row in zip(by_time.lines, rows, strict=True):
-        assert line.get_xdata()[-1] == pytest.approx(12 * median(result.body["seconds"][row["attention_type"]]))
+        assert line.get_xdata()[-1] == pytest.approx(
+            12 * median(result.body["from_scratch"]["seconds"][row["attention_type"]])
+        )
     gaps = [own[1] - base[1] for own, base in zip(rows[3]["evaluations"], rows[0]["evaluations"], strict=True)]
     assert above.lines[3].get_ydata().tolist() == pytest.approx(gaps)
     (prompt,) = result.prompts
-    assert prompt.prompt == result.body["settings"]["prompt"] and len(prompt.prompt) == 11
+    assert prompt.prompt == result.body["from_scratch"]["settings"]["prompt"] and len(prompt.prompt) == 11
     assert [(one.model, one.text) for one in prompt.samples] == [(row["attention_type"], row["sample"]) for row in rows]

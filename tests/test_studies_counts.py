@@ -14,7 +14,7 @@ from compressor.errors import UserError
 from compressor.report.layout import make
 from compressor.session import Columns
 from compressor.studies import STUDIES
-from compressor.studies.counts import Counts, CountStudy, run_counts
+from compressor.studies.counts import CountStudy, Outcome, run_counts
 from compressor.studies.tversky_pictures import per_cent
 
 PICTURES = {"tversky_parameters.png", "tversky_changes.png", "tversky_memory.png", "tversky_paper.png"}
@@ -28,7 +28,7 @@ def counted():
 @pytest.fixture
 def small() -> CountStudy:
     table = make({"what": ["a"], "count": ["1"]}, "Numbers", "how")
-    return CountStudy("small", "A small count", lambda: Counts({"a": 1}, (table,), ("a is 1",), ()))
+    return CountStudy("small", "A small count", lambda: Outcome({"a": 1}, (table,), ("a is 1",), ()))
 
 
 # ---------------------------------------------------------------- tversky_scaling

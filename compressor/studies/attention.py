@@ -20,6 +20,7 @@ import torch
 from .. import data, models
 from ..artifacts import Provenance
 from ..errors import UserError
+from ..finetune import Step
 from ..modeling.block_attention import BlockAttention
 from ..modeling.performer import PerformerFar
 from ..models import OpenModel
@@ -31,8 +32,12 @@ from .attention_inputs import Heads, chosen_layers, model_heads, random_heads
 from .attention_kinds import UNIFORM, Attend, Kind, attention_of, kinds, middle, only_likeness
 from .attention_likeness import exact_matrix, implied_matrix, likeness, uniform_matrix
 from .attention_report import report_of
-from .counts import Counts
+from .attention_scratch import checked, from_scratch
+from .character_models import TYPES
+from .counts import Outcome, joined
 from .measured import Kept, MeasuredStudy
+
+SCRATCH = "from_scratch"  # the folder of what is trained
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,10 @@ class AttentionSettings:
     """lengths: of time and memory, for `heads` random heads of `head_dim`, batch 1. All sizes of the knobs (slots,
     landmarks, features) are measured at knob_length, the middle ones at every length. Matrices are of matrix_length
     tokens: of matrix_heads random heads, independent ones of each norm and correlated ones of the middle norm, and of
-    layers of the model on `data`, as far as its positions go."""
+    layers of the model on `data`, as far as its positions go.
+
+    attention_types: of what is trained from scratch, [] for nothing; scratch_block: its exact block; the other fields
+    from block_size on are those of `from_scratch`."""
 
     lengths: list = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192])
     knob_length: int = 2048
@@ -58,6 +66,17 @@ class AttentionSettings:
     model: str = "demo"
     data: str = "demo"
     layers: list | None = None  # null: first, middle, last
+    attention_types: list = field(default_factory=lambda: list(TYPES))
+    block_size: int = 256
+    max_iters: int = 2000
+    batch_size: int = 4
+    learning_rate: float = 1e-2
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 64
+    scratch_block: int = 32
+    attention_config: dict | None = None
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("lengths", "slots", "landmarks", "features"):
@@ -97,9 +116,12 @@ class _Subject:
     base: OpenModel
     layers: list[int]
     ids: torch.Tensor
+    columns: Columns
 
 
 def _begin(settings: AttentionSettings, session: Session, columns: Columns) -> tuple[_Subject, Provenance]:
+    if settings.attention_types:
+        checked(**_scratch(settings), seed=session.seed)  # before anything is measured
     base = session.open(settings.model)
     layers = chosen_layers(settings.layers, base)
     text = data.recipe_text(settings.data, "calibration", text_column=columns.text_column, split=columns.split)
@@ -108,10 +130,10 @@ def _begin(settings: AttentionSettings, session: Session, columns: Columns) -> t
         text, base.tokenizer, context=context, max_tokens=context, seed=session.seed, evenly=True
     )
     facts = {**data.describe(text), "tokens": blocks.tokens, "context": context}
-    return _Subject(base, layers, blocks.ids), session.origin(base, {"calibration": facts})
+    return _Subject(base, layers, blocks.ids, columns), session.origin(base, {"calibration": facts})
 
 
-def _measure(settings: AttentionSettings, subject: _Subject, kept: Kept, session: Session) -> Counts:
+def _measure(settings: AttentionSettings, subject: _Subject, kept: Kept, session: Session) -> Outcome:
     every = kinds(settings.slots, settings.landmarks, settings.features)
     compared = [*every, *only_likeness(settings.slots, settings.features)]
     plans = {length: every if length == settings.knob_length else middle(every) for length in settings.lengths}
@@ -129,14 +151,46 @@ def _measure(settings: AttentionSettings, subject: _Subject, kept: Kept, session
             found = kept.get(heads.name, partial(_matches, settings, heads, compared, session, bar.update))
             matches += (Match(kind, heads.name, **found[kind.name]) for kind in (*compared, UNIFORM))
     norms = {heads.name: heads.norms for heads in inputs}
-    return report_of(Measured(dataclasses.asdict(settings), tuple(costs), tuple(matches), norms))
+    measured = report_of(Measured(dataclasses.asdict(settings), tuple(costs), tuple(matches), norms))
+    return joined([measured, *_from_scratch(settings, subject, kept, session)])
+
+
+def _scratch(settings: AttentionSettings) -> dict[str, Any]:
+    """The settings of `from_scratch`."""
+    names = ("attention_types", "block_size", "max_iters", "batch_size", "learning_rate", "n_layer", "n_head", "n_embd",
+             "attention_config", "prompt")  # fmt: skip
+    return {**{name: getattr(settings, name) for name in names}, "block": settings.scratch_block}
+
+
+def _from_scratch(settings: AttentionSettings, subject: _Subject, kept: Kept, session: Session) -> list[Outcome]:
+    if not settings.attention_types:
+        return []
+    total = settings.max_iters * len(settings.attention_types)
+    with session.bar("from scratch", total=total, unit="step") as bar:
+
+        def progress(attention_type: str, step: Step) -> None:
+            bar.set_description(f"from scratch, {attention_type}", refresh=False)
+            bar.update()
+
+        made = from_scratch(
+            settings.data,
+            **_scratch(settings),
+            seed=session.seed,
+            device=session.device,
+            columns=subject.columns,
+            state=kept.file.parent / SCRATCH,
+            progress=progress,
+        )
+    return [made]
 
 
 def _at(length: int) -> str:
     return f"{length} tokens"
 
 
-ATTENTION = MeasuredStudy("attention", "Causal attentions: time, memory, likeness", AttentionSettings, _begin, _measure)
+ATTENTION = MeasuredStudy(
+    "attention", "Causal attentions: time, memory, likeness", AttentionSettings, _begin, _measure, (SCRATCH,)
+)
 
 
 # ---------------------------------------------------------------- measuring

@@ -10,11 +10,11 @@ from .attention_figures import MIB, Cost, Match, Measured
 from .attention_findings import findings
 from .attention_kinds import SDPA
 from .attention_pictures import pictures
-from .counts import Counts
+from .counts import Outcome
 
 
-def report_of(measured: Measured) -> Counts:
-    return Counts(
+def report_of(measured: Measured) -> Outcome:
+    return Outcome(
         body=measured.body(),
         tables=(
             _times(measured),

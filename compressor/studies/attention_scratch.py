@@ -26,9 +26,6 @@ from ..metrics.decoding import continuations
 from ..metrics.size import parameters
 from ..models import parse_device
 from ..processes import LAUNCH, processes
-from ..report.layout import Table
-from ..report.pictures import Picture
-from ..report.tasks import Prompt
 from ..rewrites import Rewrite
 from ..session import ANYWHERE, Columns
 from ..tokens import TokenBlocks, text_ids
@@ -37,6 +34,7 @@ from .attention_scratch_speed import Times, in_turns
 from .character_losses import counted_nll, leak, row_nll
 from .character_models import TYPES, AttentionConfig, initial, rewrites_of, variant
 from .characters import UNKNOWN, CharacterText, character_text
+from .counts import Outcome
 
 EVALUATIONS = 8  # of the selection text while training
 SELECTION, TEST = 8192, 32768  # characters
@@ -65,17 +63,6 @@ class Trained:
         return math.fsum(self.test_rows) / len(self.test_rows)
 
 
-@dataclass(frozen=True)
-class Scratch:
-    """The comparison, as a report takes it."""
-
-    body: dict[str, Any]  # for JSON
-    tables: tuple[Table, ...]
-    findings: tuple[str, ...]
-    pictures: tuple[Picture, ...]
-    prompts: tuple[Prompt, ...]  # one, with what each type wrote after it
-
-
 def from_scratch(
     data: str | Mapping[str, str] = "demo",
     *,
@@ -95,7 +82,7 @@ def from_scratch(
     columns: Columns = ANYWHERE,
     state: Path | None = None,
     progress: Callable[[str, Step], None] = lambda attention_type, step: None,
-) -> Scratch:
+) -> Outcome:
     """Train one model of each type on the same batches from the same start, and compare them on text none has seen.
 
     data: as a recipe's `data:`; its training, selection and test parts are used. attention_types: of TYPES. block_size:
@@ -108,29 +95,17 @@ def from_scratch(
     """
     if processes().world > 1:
         raise UserError(f"the comparison from scratch runs in one process; start it without {LAUNCH}")
-    for name, value in {"max_iters": max_iters, "batch_size": batch_size, "n_layer": n_layer, "n_head": n_head}.items():
-        whole(name, value, 1)
-    whole("block_size", block_size, 2)
-    whole("seed", seed, 0)
-    if not 0 < learning_rate < math.inf:
-        raise UserError(f"learning_rate is {learning_rate}; allowed: above 0")
-    if whole("n_embd", n_embd, 1) % n_head:
-        raise UserError(f"n_embd is {n_embd}; allowed: multiples of {n_head} (n_head)")
-    if not 1 <= block < block_size:
-        raise UserError(f"block is {block}; allowed: 1 to {block_size - 1}: all of a block_size is exact attention")
-    config = GPT2Config(
-        vocab_size=1, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, bos_token_id=0,
-        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    config, own, kinds = checked(
+        attention_types=attention_types, block_size=block_size, max_iters=max_iters, batch_size=batch_size,
+        learning_rate=learning_rate, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block=block,
+        attention_config=attention_config, prompt=prompt, seed=seed,
     )  # fmt: skip
-    given = fields.from_record(AttentionConfig, dict(attention_config or {}), "attention_config")
-    own, kinds = rewrites_of(attention_types, given, block, config, seed)
     text = character_text(
         data, columns=columns, block_size=block_size, training_rows=max_iters * batch_size,
         selection_rows=max(1, SELECTION // block_size), test_rows=max(1, TEST // block_size), seed=seed,
     )  # fmt: skip
     config.vocab_size = len(text.tokenizer)
     opening = text.opening[: min(PROMPT, block_size // 2)] if prompt is None else prompt
-    _check_prompt(opening, block_size)
     target = parse_device(device)
     settings: dict[str, Any] = {
         "block_size": block_size, "max_iters": max_iters, "batch_size": batch_size, "learning_rate": learning_rate,
@@ -149,19 +124,59 @@ def from_scratch(
     times = _times(kinds, start, text, settings, state)
     described = {**settings, "vocabulary": config.vocab_size, "test_characters": made[0].test_count}
     counts = counted_nll(text.training, text.test, config.vocab_size)
-    return Scratch(
+    return Outcome(
         body={
-            "settings": described,
-            "data": text.origin,
-            "counts": counts,
-            "rows": [asdict(one) for one in made],
-            "seconds": times.rounds,
+            "from_scratch": {
+                "settings": described,
+                "data": text.origin,
+                "counts": counts,
+                "rows": [asdict(one) for one in made],
+                "seconds": times.rounds,
+            }
         },
         tables=told.tables(made, times, described, counts),
         findings=tuple(told.findings(made, times, described, counts)),
         pictures=told.pictures(made, times),
         prompts=(told.prompt(made, opening, TOP_K, seed),),
     )
+
+
+def checked(
+    *,
+    attention_types: Sequence[str],
+    block_size: int,
+    max_iters: int,
+    batch_size: int,
+    learning_rate: float,
+    n_layer: int,
+    n_head: int,
+    n_embd: int,
+    block: int,
+    attention_config: Mapping[str, Any] | None,
+    prompt: str | None,
+    seed: int,
+) -> tuple[GPT2Config, AttentionConfig, dict[str, Rewrite | None]]:
+    """Of settings as of `from_scratch`: the model but for its vocabulary, the knobs with nothing left open, and each
+    type's rewrite. Raises UserError for what is not allowed."""
+    for name, value in {"max_iters": max_iters, "batch_size": batch_size, "n_layer": n_layer, "n_head": n_head}.items():
+        whole(name, value, 1)
+    whole("block_size", block_size, 2)
+    whole("seed", seed, 0)
+    if not 0 < learning_rate < math.inf:
+        raise UserError(f"learning_rate is {learning_rate}; allowed: above 0")
+    if whole("n_embd", n_embd, 1) % n_head:
+        raise UserError(f"n_embd is {n_embd}; allowed: multiples of {n_head} (n_head)")
+    if not 1 <= block < block_size:
+        raise UserError(f"block is {block}; allowed: 1 to {block_size - 1}: all of a block_size is exact attention")
+    config = GPT2Config(
+        vocab_size=1, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    given = fields.from_record(AttentionConfig, dict(attention_config or {}), "attention_config")
+    own, kinds = rewrites_of(attention_types, given, block, config, seed)
+    if prompt is not None:
+        _check_prompt(prompt, block_size)
+    return config, own, kinds
 
 
 def _parts(text: CharacterText) -> dict[str, TokenBlocks]:

@@ -13,17 +13,19 @@ from ..errors import UserError
 from ..report.content import Content, made_by
 from ..report.layout import Table
 from ..report.pictures import Picture
+from ..report.tasks import Prompt
 from ..session import ANYWHERE, Columns, Session, must_be_folder
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What a study counted."""
+class Outcome:
+    """What a study counted or measured."""
 
     body: dict[str, Any]  # of report.json
     tables: tuple[Table, ...]  # the main one first
     findings: tuple[str, ...]
     pictures: tuple[Picture, ...]
+    prompts: tuple[Prompt, ...] = ()  # what models wrote
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class CountStudy:
 
     name: str
     title: str
-    count: Callable[[], Counts]
+    count: Callable[[], Outcome]
 
 
 def run_counts(
@@ -42,7 +44,7 @@ def run_counts(
     session: Session,
     *,
     columns: Columns = ANYWHERE,
-) -> Counts:
+) -> Outcome:
     """Count, and write report.json, report.md, report.html and the plots into `folder`.
 
     Raises UserError for a folder that has something in it, unless session.force, which replaces the report there, and
@@ -72,17 +74,18 @@ def run_counts(
     return counted
 
 
-def joined(parts: Sequence[Counts]) -> Counts:
+def joined(parts: Sequence[Outcome]) -> Outcome:
     """One report of several parts, in their order."""
-    return Counts(
+    return Outcome(
         body={name: value for part in parts for name, value in part.body.items()},
         tables=tuple(table for part in parts for table in part.tables),
         findings=tuple(line for part in parts for line in part.findings),
         pictures=tuple(picture for part in parts for picture in part.pictures),
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
     )
 
 
-def publish(name: str, title: str, folder: Path, counted: Counts, origin: Provenance) -> None:
+def publish(name: str, title: str, folder: Path, counted: Outcome, origin: Provenance) -> None:
     """Write report.json, report.md, report.html and the plots of a study."""
     main, *tables = counted.tables
     told = Content(
@@ -94,7 +97,7 @@ def publish(name: str, title: str, folder: Path, counted: Counts, origin: Proven
         tables=tuple(tables),
         missing=None,
         pictures=counted.pictures,
-        prompts=(),
+        prompts=counted.prompts,
         origin=(),
         made=made_by(origin),
         command=origin.command,

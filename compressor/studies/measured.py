@@ -13,7 +13,7 @@ from ..artifacts import Provenance
 from ..errors import UserError
 from ..recipe import parse_yaml
 from ..session import ANYWHERE, Columns, Session, must_be_folder
-from .counts import Counts, publish
+from .counts import Outcome, publish
 
 STATE = "measured.json"
 
@@ -46,12 +46,13 @@ class MeasuredStudy:
     title: str
     settings: type
     begin: Callable[[Any, Session, Columns], tuple[Any, Provenance]]
-    measure: Callable[[Any, Any, Kept, Session], Counts]
+    measure: Callable[[Any, Any, Kept, Session], Outcome]
+    folders: tuple[str, ...] = ()  # of its own within the study's
 
 
 def run_measured(
     study: MeasuredStudy, folder: Path, overrides: Sequence[str], session: Session, *, columns: Columns = ANYWHERE
-) -> Counts:
+) -> Outcome:
     """Measure, and write report.json, report.md, report.html and the plots into `folder`; going on where an
     interrupted start with the same settings stopped.
 
@@ -85,7 +86,7 @@ def _kept(study: MeasuredStudy, folder: Path, settings: dict[str, Any], origin: 
     if folder.is_dir():
         artifacts.sweep(folder)
         if session.force:
-            for name in (STATE, *report.FILES):
+            for name in (STATE, *study.folders, *report.FILES):
                 artifacts.remove(folder / name)
         elif file.is_file():
             kept.records.update(_found(kept))

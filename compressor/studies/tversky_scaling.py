@@ -22,7 +22,7 @@ from ..tversky_gpt import (
     paper_config,
     tversky_gpt_config,
 )
-from .counts import Counts, CountStudy
+from .counts import CountStudy, Outcome
 from .tversky_pictures import more, per_cent, pictures
 
 SHAPES = {"Small": (128, 4, 4), "Medium": (256, 6, 8), "Large": (512, 8, 8), "GPT-2 small": (768, 12, 12)}
@@ -65,12 +65,12 @@ def _shape(name: str) -> _Shape:
     return _Shape(f"{name} {d}/{layers}/{heads}", config, build(config), build(shared), build(apart))
 
 
-def count() -> Counts:
+def count() -> Outcome:
     """Build every structure and count it."""
     shapes = [_shape(name) for name in SHAPES]
     papers = {setting: _paper(setting) for setting in get_args(Setting)}
     names, counts, memory = zip(*((shape.name, shape.counts, shape.memory) for shape in shapes), strict=True)
-    return Counts(
+    return Outcome(
         body={"rows": [_record(shape) for shape in shapes], "paper": list(papers.values())},
         tables=(_parameters(shapes), _memory(shapes), _banks(shapes), _papers(papers)),
         findings=tuple(_findings(shapes, papers)),
