@@ -11,9 +11,10 @@ from conftest import forced, tree
 
 from compressor.errors import UserError
 from compressor.report.layout import make
-from compressor.studies import STUDIES, attention, run_measured
-from compressor.studies.attention import AttentionSettings
-from compressor.studies.attention_figures import crossing
+from compressor.studies import STUDIES, run_measured
+from compressor.studies.attention import study as attention
+from compressor.studies.attention.figures import crossing
+from compressor.studies.attention.study import AttentionSettings
 from compressor.studies.counts import Outcome, joined
 from compressor.studies.measured import STATE, settings_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.studies.attention_cost import cache_bytes, peak_bytes, times
-from compressor.studies.attention_kinds import Kind, attention_of, sdpa, vanilla
+from compressor.studies.attention.cost import cache_bytes, peak_bytes, times
+from compressor.studies.attention.kinds import Kind, attention_of, sdpa, vanilla
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from toy import toy_blocks, toy_config, toy_gpt2
 from compressor import gpt2
 from compressor.errors import UserError
 from compressor.models import OpenModel
-from compressor.studies.attention_inputs import chosen_layers, model_heads, random_heads
-from compressor.studies.attention_kinds import sdpa
+from compressor.studies.attention.inputs import chosen_layers, model_heads, random_heads
+from compressor.studies.attention.kinds import sdpa
 
 
 def opened(model):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.studies.attention_kinds import NO_MASS, Kind, attention_of, kinds, only_likeness, sdpa
-from compressor.studies.attention_likeness import exact_matrix, implied_matrix, likeness, uniform_matrix
+from compressor.studies.attention.kinds import NO_MASS, Kind, attention_of, kinds, only_likeness, sdpa
+from compressor.studies.attention.likeness import exact_matrix, implied_matrix, likeness, uniform_matrix
 
 HEADS, WIDTH = 3, 8
 SCALING = WIDTH**-0.5

@@ -19,15 +19,15 @@ from compressor import data
 from compressor.errors import UserError
 from compressor.processes import Processes
 from compressor.report import layout
-from compressor.studies import attention_scratch as scratch
-from compressor.studies import attention_scratch_report as told
-from compressor.studies import attention_scratch_speed as speed
-from compressor.studies import character_losses as losses
-from compressor.studies import character_models as models
-from compressor.studies.attention_scratch import Trained, from_scratch
-from compressor.studies.attention_scratch_speed import Times
-from compressor.studies.character_models import TYPES, AttentionConfig
-from compressor.studies.characters import UNKNOWN, character_text, character_tokenizer
+from compressor.studies.attention import character_losses as losses
+from compressor.studies.attention import character_models as models
+from compressor.studies.attention import scratch
+from compressor.studies.attention import scratch_report as told
+from compressor.studies.attention import scratch_speed as speed
+from compressor.studies.attention.character_models import TYPES, AttentionConfig
+from compressor.studies.attention.characters import UNKNOWN, character_text, character_tokenizer
+from compressor.studies.attention.scratch import Trained, from_scratch
+from compressor.studies.attention.scratch_speed import Times
 
 SMALL = {
     "block_size": 23,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..report import layout
-from ..report.layout import Table
-from .attention_figures import MIB, Cost, Match, Measured
-from .attention_findings import findings
-from .attention_kinds import SDPA
-from .attention_pictures import pictures
-from .counts import Outcome
+from ...report import layout
+from ...report.layout import Table
+from ..counts import Outcome
+from .figures import MIB, Cost, Match, Measured
+from .findings import findings
+from .kinds import SDPA
+from .pictures import pictures
 
 
 def report_of(measured: Measured) -> Outcome:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from statistics import median
 
-from .attention_figures import Cost, Measured, crossing
-from .attention_kinds import BLOCK, KNOBS, NO_MASS, NO_WINDOW, SDPA, UNIFORM, VANILLA, Kind
+from .figures import Cost, Measured, crossing
+from .kinds import BLOCK, KNOBS, NO_MASS, NO_WINDOW, SDPA, UNIFORM, VANILLA, Kind
 
 
 def findings(measured: Measured) -> list[str]:

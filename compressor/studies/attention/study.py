@@ -17,25 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import data, models
-from ..artifacts import Provenance
-from ..errors import UserError
-from ..finetune import Step
-from ..modeling.block_attention import BlockAttention
-from ..modeling.performer import PerformerFar
-from ..models import OpenModel
-from ..rewrites.performer import missing_mass
-from ..session import Columns, Session
-from .attention_cost import cache_bytes, peak_bytes, times
-from .attention_figures import Cost, Match, Measured
-from .attention_inputs import Heads, chosen_layers, model_heads, random_heads
-from .attention_kinds import UNIFORM, Attend, Kind, attention_of, kinds, middle, only_likeness
-from .attention_likeness import exact_matrix, implied_matrix, likeness, uniform_matrix
-from .attention_report import report_of
-from .attention_scratch import checked, from_scratch
+from ... import data, models
+from ...artifacts import Provenance
+from ...errors import UserError
+from ...finetune import Step
+from ...modeling.block_attention import BlockAttention
+from ...modeling.performer import PerformerFar
+from ...models import OpenModel
+from ...rewrites.performer import missing_mass
+from ...session import Columns, Session
+from ..counts import Outcome, joined
+from ..measured import Kept, MeasuredStudy
 from .character_models import TYPES
-from .counts import Outcome, joined
-from .measured import Kept, MeasuredStudy
+from .cost import cache_bytes, peak_bytes, times
+from .figures import Cost, Match, Measured
+from .inputs import Heads, chosen_layers, model_heads, random_heads
+from .kinds import UNIFORM, Attend, Kind, attention_of, kinds, middle, only_likeness
+from .likeness import exact_matrix, implied_matrix, likeness, uniform_matrix
+from .report import report_of
+from .scratch import checked, from_scratch
 
 SCRATCH = "from_scratch"  # the folder of what is trained
 

@@ -17,24 +17,24 @@ from typing import Any
 
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from .. import artifacts, fields, training_state
-from ..artifacts import Provenance
-from ..errors import UserError
-from ..finetune import StateFolder, Step, finetune
-from ..metrics.base import whole
-from ..metrics.decoding import continuations
-from ..metrics.size import parameters
-from ..models import parse_device
-from ..processes import LAUNCH, processes
-from ..rewrites import Rewrite
-from ..session import ANYWHERE, Columns
-from ..tokens import TokenBlocks, text_ids
-from . import attention_scratch_report as told
-from .attention_scratch_speed import Times, in_turns
+from ... import artifacts, fields, training_state
+from ...artifacts import Provenance
+from ...errors import UserError
+from ...finetune import StateFolder, Step, finetune
+from ...metrics.base import whole
+from ...metrics.decoding import continuations
+from ...metrics.size import parameters
+from ...models import parse_device
+from ...processes import LAUNCH, processes
+from ...rewrites import Rewrite
+from ...session import ANYWHERE, Columns
+from ...tokens import TokenBlocks, text_ids
+from ..counts import Outcome
+from . import scratch_report as told
 from .character_losses import counted_nll, leak, row_nll
 from .character_models import TYPES, AttentionConfig, initial, rewrites_of, variant
 from .characters import UNKNOWN, CharacterText, character_text
-from .counts import Outcome
+from .scratch_speed import Times, in_turns
 
 EVALUATIONS = 8  # of the selection text while training
 SELECTION, TEST = 8192, 32768  # characters

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from transformers import GPT2LMHeadModel
 
-from ..finetune import finetune
-from ..tokens import TokenBlocks
+from ...finetune import finetune
+from ...tokens import TokenBlocks
 
 ROUNDS = 9
 

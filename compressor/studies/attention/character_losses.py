@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from .. import gpt2
-from ..metrics.nll import token_nll
-from ..tokens import TokenBlocks
+from ... import gpt2
+from ...metrics.nll import token_nll
+from ...tokens import TokenBlocks
 
 
 def row_nll(model: GPT2LMHeadModel, blocks: TokenBlocks) -> Tensor:

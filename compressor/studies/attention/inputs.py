@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import gpt2
-from ..errors import UserError
-from ..models import OpenModel
-from ..rewrites.efficient import attentions_of
+from ... import gpt2
+from ...errors import UserError
+from ...models import OpenModel
+from ...rewrites.efficient import attentions_of
 
 
 @dataclass(frozen=True, eq=False)

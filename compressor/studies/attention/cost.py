@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..modeling.block_attention import BlockAttention, StateLayer
-from .attention_kinds import Attend
+from ...modeling.block_attention import BlockAttention, StateLayer
+from .kinds import Attend
 
 Clock = Callable[[], float]  # seconds
 Call = Callable[[], object]

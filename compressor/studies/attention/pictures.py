@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..report import drawing
-from ..report.drawing import COLOURS, GREY, INK, PAPER
-from ..report.pictures import Picture
-from .attention_figures import MIB, Cost, Measured
-from .attention_kinds import BLOCK, KNOBS, SDPA, VANILLA, Kind
+from ...report import drawing
+from ...report.drawing import COLOURS, GREY, INK, PAPER
+from ...report.pictures import Picture
+from .figures import MIB, Cost, Measured
+from .kinds import BLOCK, KNOBS, SDPA, VANILLA, Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..metrics.generation import loops
-from ..metrics.nll import standard_error
-from ..report import drawing, layout
-from ..report.figures import MISSING
-from ..report.layout import Table
-from ..report.pictures import Picture
-from ..report.tasks import Prompt, Sample
+from ...metrics.generation import loops
+from ...metrics.nll import standard_error
+from ...report import drawing, layout
+from ...report.figures import MISSING
+from ...report.layout import Table
+from ...report.pictures import Picture
+from ...report.tasks import Prompt, Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .attention_scratch import Trained
-    from .attention_scratch_speed import Times
+    from .scratch import Trained
+    from .scratch_speed import Times
 
 _LEARNED = 0.1  # nats per character: what has learned more than pairs
 _NO_LEAK = 1e-4  # of a logit: rounding

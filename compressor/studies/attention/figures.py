@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from .attention_kinds import Kind, middle
+from .kinds import Kind, middle
 
 MIB = 2**20
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_kinds import Attend, causal_weights
+from .kinds import Attend, causal_weights
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ..errors import UserError, unknown
-from ..modeling import GPT2CompressedLMHeadModel
-from ..rewrites import Rewrite
-from ..rewrites.linformer import Linformer
-from ..rewrites.nystromformer import Nystromformer
-from ..rewrites.performer import Performer
+from ...errors import UserError, unknown
+from ...modeling import GPT2CompressedLMHeadModel
+from ...rewrites import Rewrite
+from ...rewrites.linformer import Linformer
+from ...rewrites.nystromformer import Nystromformer
+from ...rewrites.performer import Performer
 
 TYPES = ("vanilla", "linformer", "nystrom", "performer")
 

@@ -10,10 +10,10 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from .. import data
-from ..errors import UserError
-from ..session import ANYWHERE, Columns
-from ..tokens import TokenBlocks, token_blocks
+from ... import data
+from ...errors import UserError
+from ...session import ANYWHERE, Columns
+from ...tokens import TokenBlocks, token_blocks
 
 UNKNOWN = "\ufffd"  # token 0: any character that the training text lacks
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..modeling.block_attention import BlockAttention, Far, State
-from ..modeling.linformer import LinformerFar
-from ..modeling.nystromformer import INVERSES, NystromFar
-from ..modeling.performer import MAPS, PerformerFar
+from ...modeling.block_attention import BlockAttention, Far, State
+from ...modeling.linformer import LinformerFar
+from ...modeling.nystromformer import INVERSES, NystromFar
+from ...modeling.performer import MAPS, PerformerFar
 
 Attend = Callable[..., Tensor]  # query, key, value float[batch, heads, tokens, head_dim], scaling= -> output like value
 KNOBS = {"linformer": "slots", "nystromformer": "landmarks", "performer": "features"}
