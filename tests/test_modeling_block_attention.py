@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2Config, StaticCache
 
 from compressor.modeling.block_attention import BlockAttention, StateLayer, attended, state_layer
 from compressor.modeling.linformer import LinformerFar
@@ -140,6 +140,20 @@ def test_a_state_is_reordered_repeated_and_selected_with_its_rows(kind):
 
 
 @pytest.mark.parametrize("kind", FARS)
+@torch.no_grad()
+def test_a_row_that_is_left_alone_has_its_own_blocks_only(kind):
+    made, given, more = attention(kind, 4), inputs(17), inputs(3, rows=1, seed=5)
+    real = torch.ones(2, 17, dtype=torch.bool)
+    real[1, :10] = False
+    layer = StateLayer()
+    made(*given, scaling=SCALING, real=real, layer=layer)
+    layer.batch_select_indices(torch.tensor([1]))
+    found = [made(*(tensor[:, :, [i]] for tensor in more), scaling=SCALING, layer=layer) for i in range(3)]
+    whole = (torch.cat([a[1:, :, 10:], b], 2) for a, b in zip(given, more, strict=True))
+    assert (torch.cat(found, 2) - made(*whole, scaling=SCALING)[:, :, 7:]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", FARS)
 def test_gradients_are_finite_and_reach_all(kind):
     made = attention(kind, 4)
     given = [tensor.requires_grad_() for tensor in inputs(14)]
@@ -191,6 +205,14 @@ def test_large_queries_and_keys_overflow_nothing(kind):
     out.square().sum().backward()
     for tensor in (out, *(one.grad for one in (*given, *made.parameters()))):
         assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("kind", FARS)
+@torch.no_grad()
+def test_half_precision_overflows_nothing(kind):
+    query, key, value = (factor * tensor for factor, tensor in zip((100, 100, 1), inputs(30), strict=True))
+    given = [tensor.half() for tensor in (query + 30, key + 30, value)]
+    assert torch.isfinite(attention(kind, 4).half()(*given, scaling=SCALING)).all()
 
 
 @pytest.mark.parametrize("inverse", ["none", "newton"])
@@ -249,6 +271,9 @@ def test_a_cache_of_keys_is_not_gone_on_with():
     cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     with pytest.raises(ValueError, match="layer 0 of the cache holds keys and values"):
         state_layer(cache, 0)
+    static = StaticCache(config=GPT2Config(n_layer=2), max_cache_len=8)
+    with pytest.raises(ValueError, match="layer 1 of the cache is a StaticLayer"):
+        state_layer(static, 1)
     layer = StateLayer()
     with pytest.raises(NotImplementedError, match="cannot go back"):
         layer.crop(-1)

@@ -221,7 +221,8 @@ def _scores(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None, see
 
 
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """One softmax over what two parts cover; the first has mass everywhere."""
+    """The output of one softmax over what two parts cover, each given as output and log-mass; the first has mass
+    everywhere."""
     return torch.lerp(one[0], other[0], torch.sigmoid(other[1] - one[1])[..., None]).to(dtype)
 
 
@@ -317,7 +318,9 @@ def state_layer(cache: Cache | None, index: int) -> StateLayer | None:
     found = cache.layers[index]
     if isinstance(found, StateLayer):
         return found
-    if getattr(found, "is_initialized", False):
+    if type(found) is not DynamicLayer:
+        raise ValueError(f"layer {index} of the cache is a {type(found).__name__}; attention in blocks: DynamicLayer")
+    if found.is_initialized:
         raise ValueError(f"layer {index} of the cache holds keys and values, and this attention keeps a state there")
     cache.layers[index] = made = StateLayer()
     return made

@@ -69,7 +69,7 @@ class LinformerFar(Far):
     def over_state(self, query: Tensor, scaling: float, state: State) -> tuple[Tensor, Tensor]:
         if "slot_keys" not in state:
             return torch.zeros_like(query, dtype=torch.float32), query.new_full(query.shape[:3], -math.inf).float()
-        seen = self._valid(state)[:, None, None] if len(query) > 1 else None  # a row alone has them all
+        seen = self._valid(state)[:, None, None]
         return self._attend(query, state["slot_keys"], state["slot_values"], scaling, seen)
 
     def _attend(

@@ -83,7 +83,7 @@ class NystromFar(Far):
         queries = means("queries").to(keys.dtype)
         there = (size > 0)[:, None]
         least = torch.finfo(torch.float32).min  # where a row has nothing at all its share of the output is 0
-        middle = (queries @ keys.transpose(-1, -2)).float() * scaling
+        middle = (queries * scaling @ keys.transpose(-1, -2)).float()
         middle = middle.masked_fill(~there[..., None, :], least).softmax(-1) * there[..., None]
         right = self._over_prefixes(queries, every["keys"], every["values"], length.clamp_min(1), scaling)
         return {**found, "landmark_keys": keys, "landmark_values": pseudo_inverse(middle) @ right.float()}
