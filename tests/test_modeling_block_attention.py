@@ -83,7 +83,7 @@ def test_states_give_what_all_at_once_gives(kind, block):
     made, tokens = attention(kind, block), 29
     given = inputs(tokens)
     whole = made(*given, scaling=SCALING)
-    for parts in ([1] * tokens, [7, 1, 1, 13, 1, 6], [tokens - 1, 1]):
+    for parts in ([1] * tokens, [7, 1, 1, 13, 1, 6], [2, 3, 19, 5], [tokens - 1, 1]):
         layer, found, start = StateLayer(), [], 0
         for part in parts:
             here = (tensor[:, :, start : start + part] for tensor in given)
@@ -205,6 +205,22 @@ def test_large_queries_and_keys_overflow_nothing(kind):
     out.square().sum().backward()
     for tensor in (out, *(one.grad for one in (*given, *made.parameters()))):
         assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("kind", [f"performer, {m}, all features" for m in MAPS])
+@torch.no_grad()
+def test_features_are_summed_up_however_small_their_products(kind):
+    """Of large queries and keys, beside sums of logarithms in float64."""
+    made = attention(kind, 12)
+    query, key, value = (factor * tensor for factor, tensor in zip((12, 12, 1), inputs(30), strict=True))
+    far = made.far
+    one, other = (far.logarithms(tensor, SCALING).double() for tensor in (query, key))
+    products = (one[:, :, :, None] + other[:, :, None]).logsumexp(-1)
+    own, places = torch.arange(30) // 12, torch.arange(30)
+    if far.gain is not None:
+        products += torch.where(own[:, None] > own, far.gain[:, None, None].double(), 0.0)
+    weights = products.masked_fill(places > places[:, None], -math.inf).softmax(-1)
+    assert (made(query, key, value, scaling=SCALING) - weights @ value.double()).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("kind", FARS)

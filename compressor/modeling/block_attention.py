@@ -124,7 +124,7 @@ class BlockAttention(nn.Module):
             places = state["fill"][:, None] + torch.arange(query.shape[2], device=key.device)  # [batch, tokens]
             seen = torch.arange(key.shape[2], device=key.device) <= places[:, None, :, None]
         near = self.far.near(query, key, value, scaling, seen)
-        return _merged(near, self.far.over_state(query, scaling, state), query.dtype)
+        return merged(near, self.far.over_state(query, scaling, state), query.dtype)
 
     def _blocks(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State) -> Tensor:
         """[batch, heads, whole blocks, head_dim]"""
@@ -132,7 +132,7 @@ class BlockAttention(nn.Module):
         seen = torch.ones(self.block, self.block, dtype=torch.bool, device=query.device).tril()
         near = self.far.near(query, key, value, scaling, seen)
         if query.shape[2] > 1 or state:
-            out = _merged(near, self.far.over_blocks(query, key, value, scaling, state), query.dtype)
+            out = merged(near, self.far.over_blocks(query, key, value, scaling, state), query.dtype)
         else:
             out = near[0].to(query.dtype)
         return out.flatten(2, 3)
@@ -220,7 +220,7 @@ def _scores(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None, see
     return scores if seen is None else scores.masked_fill_(~seen, -math.inf)
 
 
-def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """The output of one softmax over what two parts cover, each given as output and log-mass; the first has mass
     everywhere."""
     return torch.lerp(one[0], other[0], torch.sigmoid(other[1] - one[1])[..., None]).to(dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .block_attention import Far, State
+from .block_attention import Far, State, merged
 
 MAPS = ("favor+", "favor_hyp", "relu", "elu", "learned")
 ESTIMATES = ("favor+", "favor_hyp")  # of softmax's own numbers
@@ -77,31 +77,21 @@ class PerformerFar(Far):
             projected = torch.cat([projected, -projected], -1)
         return projected - x.square().sum(-1, keepdim=True) / 2 - math.log(self.features) / 2
 
-    def bounds(self) -> Tensor | float:
-        """What no logarithm of a key's feature is above: [heads, 1, features], or a number."""
-        if not self.estimates:
-            return 0.0
-        assert self.weight is not None
-        half = self.weight.float().square().sum(-1)[:, None] / 2
-        return torch.cat([half, half], -1) if self.feature_map == "favor_hyp" else half
-
     def near(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Output and log-mass of features over the keys `seen`, where the own block is not exact."""
+        """Output and log-mass of features over the own block, where that is not exact."""
         if self.local:
             return super().near(query, key, value, scaling, seen)
-        bounds = self.bounds()
-        if isinstance(bounds, Tensor) and query.ndim == 5:
-            bounds = bounds[:, None]
-        keys = (self.logarithms(key, scaling) - bounds).exp()
-        queries = self.logarithms(query, scaling) + bounds
-        top = queries.detach().amax(-1, keepdim=True)
-        weights = (queries - top).exp() @ keys.transpose(-1, -2)
-        if seen is not None:
-            weights = weights.masked_fill(~seen, 0)
-        mass = weights.sum(-1, keepdim=True).clamp_min(_NEGLIGIBLE)
-        return (weights / mass) @ value.float(), (mass.log() + top).squeeze(-1)
+        queries, keys, value = self.logarithms(query, scaling), self.logarithms(key, scaling), value.float()
+        if query.ndim == 5:  # whole blocks
+            return _up_to_own(queries, keys, value)
+        if seen is None:
+            return _over_all(queries, keys, value)
+        each = zip(queries.split(1, 2), (~seen).unbind(2), strict=True)
+        found = [_over_all(one, keys.masked_fill(hidden[..., None], -math.inf), value) for one, hidden in each]
+        out, mass = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        return out, mass
 
     def over_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State
@@ -118,7 +108,7 @@ class PerformerFar(Far):
     ) -> tuple[tuple[Tensor, Tensor], State]:
         """`over_blocks` of a few blocks, and the state after them."""
         keys, values = self.logarithms(key, scaling), _with_ones(value)
-        state = state or _nothing(keys[:, :, 0], values.shape[-1])
+        state = state if "sum" in state else _nothing(keys[:, :, 0], values.shape[-1])
         tops = torch.cat([state["top"][:, :, None], keys.detach().amax(3)], 2).cummax(2).values
         sums = (keys - tops[:, :, 1:, None]).exp().transpose(-1, -2) @ values
         fading = (tops[:, :, :-1] - tops[:, :, 1:]).exp()[..., None]
@@ -152,13 +142,43 @@ class PerformerFar(Far):
             beyond = torch.arange(key.shape[2], device=key.device) >= complete[:, None]
             keys = keys.masked_fill(beyond[:, None, :, None, None], -math.inf)
         keys, sums = keys.flatten(2, 3), _with_ones(value).flatten(2, 3)
-        state = state or _nothing(keys, sums.shape[-1])
+        state = state if "sum" in state else _nothing(keys, sums.shape[-1])
         top = torch.maximum(keys.detach().amax(2), state["top"])
         old = (state["top"] - top).exp()[..., None]
         return {
             "top": top,
             "sum": torch.addcmul((keys - top[:, :, None]).exp().transpose(-1, -2) @ sums, state["sum"], old),
         }
+
+
+def _over_all(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-mass of queries over all keys, both as logarithms of features [..., tokens, features]. What is
+    taken off, the largest of each feature over these keys, leaves a mass of 1 or more: no query goes without."""
+    tops = keys.detach().amax(-2, keepdim=True)
+    logits = queries + tops
+    top = logits.detach().amax(-1, keepdim=True)
+    weights = (logits - top).exp() @ (keys - tops).exp().transpose(-1, -2)
+    mass = weights.sum(-1, keepdim=True)
+    return (weights / mass) @ values, (mass.log() + top).squeeze(-1)
+
+
+def _up_to_own(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_over_all`, of keys up to each query's own: itself, then in ever longer runs all of the run before, so that
+    no later key has a say in what is taken off."""
+    tokens = queries.shape[-2]
+    short = (1 << (tokens - 1).bit_length()) - tokens
+    queries, keys, values = (nn.functional.pad(tensor, (0, 0, 0, short)) for tensor in (queries, keys, values))
+    out, mass, run = values, (queries + keys).logsumexp(-1), 1
+    while run < tokens:
+        shape = (-1, 2, run)  # pairs of runs
+        pairs = [tensor.unflatten(-2, shape) for tensor in (queries, keys, values, out)]
+        (_, later), (before, _), (old, _), (first, second) = (tensor.unbind(-3) for tensor in pairs)
+        own = mass.unflatten(-1, shape)
+        more = _over_all(later, before, old)
+        out = torch.stack([first, merged((second, own[..., 1, :]), more, out.dtype)], -3).flatten(-4, -2)
+        mass = torch.stack([own[..., 0, :], torch.logaddexp(own[..., 1, :], more[1])], -2).flatten(-3, -1)
+        run *= 2
+    return out[..., :tokens, :], mass[..., :tokens]
 
 
 def _with_ones(value: Tensor) -> Tensor:
