@@ -269,6 +269,15 @@ def test_a_summary_weighs_as_much_as_its_tokens():
 
 
 @torch.no_grad()
+def test_a_block_that_is_not_full_costs_what_it_holds():
+    """A block's scores, if it were full, would take terabytes."""
+    given, layer = inputs(9), StateLayer()
+    for far in (NystromFar(4, "none"), performer("learned", True), performer("favor+", False)):
+        assert torch.isfinite(BlockAttention(1 << 20, far)(*given, scaling=SCALING, layer=layer)).all()
+        layer.reset()
+
+
+@torch.no_grad()
 def test_states_do_not_grow_where_they_are_said_not_to():
     def held(kind, tokens):
         layer = StateLayer()

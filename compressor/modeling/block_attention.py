@@ -69,7 +69,9 @@ class BlockAttention(nn.Module):
         layer: StateLayer | None = None,
     ) -> Tensor:
         """real: bool[batch, tokens], False = pad; None: none is. layer: of a cache, which is brought up to date.
-        Autocast does not reach in: what is float32 here, logarithms above all, has to be."""
+        Autocast does not reach in: what is float32 here, logarithms above all, has to be. It may have left key and
+        value in another dtype than query: they are taken in the query's."""
+        key, value = key.to(query.dtype), value.to(query.dtype)
         with torch.autocast(query.device.type, enabled=False):
             return self._mixed(query, key, value, scaling, real, layer)
 
@@ -128,8 +130,9 @@ class BlockAttention(nn.Module):
 
     def _blocks(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State) -> Tensor:
         """[batch, heads, whole blocks, head_dim]"""
-        query, key, value = (_in_blocks(tensor, self.block) for tensor in (query, key, value))
-        seen = torch.ones(self.block, self.block, dtype=torch.bool, device=query.device).tril()
+        block = self.block if state else min(self.block, query.shape[2])
+        query, key, value = (_in_blocks(tensor, block) for tensor in (query, key, value))
+        seen = torch.ones(block, block, dtype=torch.bool, device=query.device).tril()
         near = self.far.near(query, key, value, scaling, seen)
         if query.shape[2] > 1 or state:
             out = merged(near, self.far.over_blocks(query, key, value, scaling, state), query.dtype)
