@@ -105,7 +105,8 @@ def _named(model):
 def test_features_that_estimate_nothing_begin_with_the_mass_of_their_tokens(original, alignment, text):
     """By brute force on one head: mean over queries of log sum exp of scores of completed blocks, minus that of
     features."""
-    full = dataclasses.replace(text, ids=text.ids[:4], mask=text.mask[:4])  # without a pad
+    rows, lengths = slice(-4, None), torch.tensor([64, 64, 5, 39])
+    full = dataclasses.replace(text, ids=text.ids[rows], mask=torch.arange(64) < lengths[:, None])
     rewrite = from_record({"rewrite": "performer", "block": 8, "feature_map": "relu", "features": 6})
     model = apply([rewrite.resolved(original.config)], original, alignment, calibration=full)
     layer, head = 2, 1
@@ -115,7 +116,7 @@ def test_features_that_estimate_nothing_begin_with_the_mass_of_their_tokens(orig
     query, key, _ = (part[:, head].double() for part in attention.heads(captured["x"]))
     far, differences = attention.scores.far, []
     for row in range(len(query)):
-        for token in range(8, query.shape[1]):
+        for token in range(8, int(lengths[row])):
             past = token // 8 * 8
             exact = (query[row, token] @ key[row, :past].T * attention.scaling).logsumexp(-1)
             weight = far.weight[head].double()
@@ -140,6 +141,40 @@ def test_log_mass_of_one_summary_halves_the_error():
         return float((out - exact)[:, :, 64:].norm() / exact[:, :, 64:].norm())
 
     assert error(None) < 0.6 * error(0.0)
+
+
+def test_nothing_to_distil_is_said(make):
+    for record in ({"rewrite": "linformer", "block": 64}, {"rewrite": "performer", "block": 80}):
+        with pytest.raises(UserError, match=f"block is {record['block']}, and no calibration text is longer"):
+            make({**record, "distill_steps": 1})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["q", "k", "v"])
+def test_autocast_with_similarities_for_a_third_of_attention(make, kind, target):
+    """Similarities stay float32 where linears do not."""
+    _, model = make(
+        {"rewrite": kind, **KINDS[kind]}, {"rewrite": "tversky", "targets": [target], "bank_size": 0.75, "layers": [1]}
+    )
+    ids = torch.randint(1, 90, (2, 20), generator=torch.Generator().manual_seed(1))
+    exact = model(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(ids, labels=ids)
+    found.loss.backward()
+    assert (found.logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@torch.no_grad()
+def test_a_mask_of_another_length_is_refused(make):
+    """transformers would take it; which tokens it is of is not for this attention to guess."""
+    _, model = make({"rewrite": "linformer", **KINDS["linformer"], "layers": [1]})
+    ids = torch.ones(2, 10, dtype=torch.long)
+    for width in (9, 11):
+        with pytest.raises(ValueError, match=f"attention_mask has {width} tokens; allowed: all so far, 10"):
+            model(ids, attention_mask=torch.ones(2, width))
+    cache = model(ids, attention_mask=torch.ones(2, 10)).past_key_values
+    with pytest.raises(ValueError, match="attention_mask has 1 tokens; allowed: all so far, 11"):
+        model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
 
 
 def test_recovery_by_adapters_trains_what_is_new_too(make, original, text):
@@ -190,7 +225,8 @@ def test_two_may_not_take_one_layer(make):
         ({"rewrite": "linformer", "layers": [True]}, r"layers is \[True\]"),
         ({"rewrite": "linformer", "block": 0}, "block is 0; allowed: 1 or more tokens"),
         ({"rewrite": "linformer", "block": 8, "slots": 9}, r"slots is 9; allowed: 1 to 8 \(block\)"),
-        ({"rewrite": "linformer", "distill_steps": -1}, "distill_steps are 0 or more"),
+        ({"rewrite": "linformer", "distill_steps": -1}, "distill_steps is -1; allowed: 0 or more"),
+        ({"rewrite": "linformer", "distill_learning_rate": 0.0}, "distill_learning_rate is 0.0; allowed: above 0"),
         ({"rewrite": "nystromformer", "landmarks": 0}, "landmarks is 0; allowed: 1 or more"),
         ({"rewrite": "nystromformer", "inverse": "pinv"}, "newton, none"),
         ({"rewrite": "performer", "features": 0}, "features is 0"),

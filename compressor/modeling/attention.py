@@ -49,7 +49,11 @@ class CompressedAttention(GPT2Attention):
         else:
             weights = None
             layer = state_layer(past_key_values, self.layer_idx)
-            here = None if real is None else real[:, -hidden_states.shape[1] :]
+            tokens = hidden_states.shape[1]
+            so_far = tokens + (0 if layer is None else layer.tokens)
+            if real is not None and real.shape[1] != so_far:
+                raise ValueError(f"attention_mask has {real.shape[1]} tokens; allowed: all so far, {so_far}")
+            here = None if real is None else real[:, -tokens:]
             if weights_too:
                 if layer is not None and layer.state:
                     raise ValueError("attention in blocks keeps no weights of tokens before; pass use_cache=False")

@@ -49,8 +49,10 @@ class EfficientAttention(Rewrite):
             )
         if self.block < 1:
             raise UserError(f"{self.name}: block is {self.block}; allowed: 1 or more tokens")
-        if self.distill_steps < 0 or self.distill_learning_rate <= 0:
-            raise UserError(f"{self.name}: distill_steps are 0 or more, distill_learning_rate above 0")
+        if self.distill_steps < 0:
+            raise UserError(f"{self.name}: distill_steps is {self.distill_steps}; allowed: 0 or more")
+        if self.distill_learning_rate <= 0:
+            raise UserError(f"{self.name}: distill_learning_rate is {self.distill_learning_rate}; allowed: above 0")
 
     def resolved(self, base: GPT2Config) -> EfficientAttention:
         return dataclasses.replace(self, layers=self._layers(base))
@@ -105,6 +107,11 @@ class EfficientAttention(Rewrite):
                 mixed = gpt2.attention(model, layer).scores(query, key, value, scaling=scaling, real=mask)
                 found = torch.addmm(bias, mixed.transpose(1, 2).flatten(2)[mask], weight)
                 error = (found - wanted[mask].detach()).float().square().mean()
+                if not error.requires_grad:  # all is exact
+                    raise UserError(
+                        f"{self.name}: block is {self.block}, and no calibration text is longer: there is nothing to "
+                        "distil; give a smaller block or distill_steps 0"
+                    )
                 learn(error / wanted[mask].float().var(0, unbiased=False).mean().clamp_min(1e-12))
 
         attentions_of(context.original, places, batch, compare)

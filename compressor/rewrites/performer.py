@@ -67,13 +67,14 @@ class Performer(EfficientAttention):
         def compare(layer: int, x: Tensor, _: Tensor) -> None:
             far, scaling = gpt2.attention(model, layer).scores.far, gpt2.attention(original, places[layer]).scaling
             query, key, value = gpt2.queries_keys_values(original, places[layer], x)
-            tokens = mask.sum(1).min() // self.block * self.block  # whole blocks without a pad
-            query, key, value = (part[:, :, :tokens].unflatten(2, (-1, self.block)) for part in (query, key, value))
-            if query.shape[2] < 2:
+            tokens = mask.shape[1] // self.block * self.block  # of whole blocks
+            real = mask[:, self.block : tokens]  # pads come last: before a real token there is none
+            if not bool(real.any()):
                 return
-            missing = missing_mass(far, query, key, value, scaling)
-            sums[layer] = sums.get(layer, 0) + missing.double().sum((0, 2, 3))
-            count[layer] = count.get(layer, 0) + missing[:, 0].numel()
+            query, key, value = (part[:, :, :tokens].unflatten(2, (-1, self.block)) for part in (query, key, value))
+            missing = missing_mass(far, query, key, value, scaling).flatten(2).transpose(1, 2)[real]
+            sums[layer] = sums.get(layer, 0) + missing.double().sum(0)
+            count[layer] = count.get(layer, 0) + len(missing)
 
         for number, (ids, mask) in zip(range(4), context.batches(), strict=False):
             context.progress(f"mass of features, batch {number + 1}")
