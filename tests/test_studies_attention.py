@@ -108,6 +108,11 @@ def test_it_refuses_folders_of_other_things(small, tmp_path, session):
     assert set(tree(tmp_path)) == {"thesis.txt"}
 
 
+def test_it_refuses_blocks_that_leave_nothing_to_compare(small, tmp_path, session):
+    with pytest.raises(UserError, match="block is 40; allowed: 1 to 39, below matrix_length and the positions of"):
+        run_measured(STUDY, tmp_path / "s", [*small, "block=40"], session)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -126,6 +126,11 @@ def _begin(settings: AttentionSettings, session: Session, columns: Columns) -> t
     layers = chosen_layers(settings.layers, base)
     text = data.recipe_text(settings.data, "calibration", text_column=columns.text_column, split=columns.split)
     context = min(settings.matrix_length, base.model.config.n_positions)
+    if context <= settings.block:  # all attentions would be exact
+        raise UserError(
+            f"attention: block is {settings.block}; allowed: 1 to {context - 1}, below matrix_length and the positions "
+            f"of {base.name}"
+        )
     blocks = data.token_blocks(
         text, base.tokenizer, context=context, max_tokens=context, seed=session.seed, evenly=True
     )
