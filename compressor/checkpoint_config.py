@@ -22,7 +22,8 @@ from .modeling.tversky import DIFFERENCES, FORMS, INTERSECTIONS, PROTOTYPES, SCA
 from .modeling.tversky_layers import FFN_TARGETS, HEAD_TARGET, TARGETS, tversky_places
 
 # Far beyond any GPT-2: what a damaged config may say must not be built.
-_LARGEST = {"n_layer": 1000, **dict.fromkeys(("n_head", "n_embd", "n_positions", "vocab_size", "n_inner"), 1 << 22)}
+MOST = 1 << 22  # of what widths and lengths may be
+_LARGEST = {"n_layer": 1000, **dict.fromkeys(("n_head", "n_embd", "n_positions", "vocab_size", "n_inner"), MOST)}
 
 
 def read_config(name: str, folder: Path) -> GPT2Config:
@@ -129,7 +130,7 @@ def _check_attention(where: str, config: GPT2CompressedConfig) -> None:
 
 def _attention_entry(config: GPT2Config, entry: Mapping[str, Any]) -> dict[str, tuple[Callable[[Any], bool], str]]:
     """As `_entry`, of an entry of efficient_attention."""
-    most, width = _LARGEST["n_embd"], config.n_embd // config.n_head
+    most, width = MOST, config.n_embd // config.n_head
 
     def one_of(*known: Any) -> tuple[Callable[[Any], bool], str]:
         return (lambda value: type(value) in (str, bool) and value in known), ", ".join(map(str, known)).lower()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2
+from ..checkpoint_config import MOST
 from ..errors import UserError
 from ..modeling.attention import far_of
 from .base import FitContext, Rewrite, sites_of
@@ -47,8 +48,8 @@ class EfficientAttention(Rewrite):
             raise UserError(
                 f"{self.name}: layers is {self.layers}; allowed: different layers from 0 to {base.n_layer - 1}"
             )
-        if self.block < 1:
-            raise UserError(f"{self.name}: block is {self.block}; allowed: 1 or more tokens")
+        if not 1 <= self.block <= MOST:
+            raise UserError(f"{self.name}: block is {self.block}; allowed: 1 to {MOST} tokens")
         if self.distill_steps < 0:
             raise UserError(f"{self.name}: distill_steps is {self.distill_steps}; allowed: 0 or more")
         if self.distill_learning_rate <= 0:

@@ -27,8 +27,10 @@ class Nystromformer(EfficientAttention):
 
     def check(self, base: GPT2Config) -> None:
         super().check(base)
-        if self.landmarks < 1:
-            raise UserError(f"nystromformer: landmarks is {self.landmarks}; allowed: 1 or more")
+        if not 1 <= self.landmarks <= base.n_positions:
+            raise UserError(
+                f"nystromformer: landmarks is {self.landmarks}; allowed: 1 to {base.n_positions} (n_positions)"
+            )
 
     def knobs(self) -> dict[str, Any]:
         return {"landmarks": self.landmarks, "inverse": self.inverse}

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2
+from ..checkpoint_config import MOST
 from ..errors import UserError
 from ..modeling.performer import ESTIMATES, PAIRED, PerformerFar
 from .base import FitContext
@@ -39,8 +40,10 @@ class Performer(EfficientAttention):
     def check(self, base: GPT2Config) -> None:
         super().check(base)
         width, count = base.n_embd // base.n_head, self._features(base)
-        if count < 1 or (self.feature_map == "elu" and count != width):
-            raise UserError(f"performer: features is {count} with {self.feature_map}; allowed: 1 or more, elu: {width}")
+        if not 1 <= count <= MOST or (self.feature_map == "elu" and count != width):
+            raise UserError(
+                f"performer: features is {count} with {self.feature_map}; allowed: 1 to {MOST}, elu: {width}"
+            )
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"performer: seed is {self.seed}; allowed: 0 or more")
         if self.feature_map in PAIRED and count % 2:
