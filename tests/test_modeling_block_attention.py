@@ -11,7 +11,7 @@ from transformers import DynamicCache, GPT2Config, StaticCache
 from compressor.modeling.block_attention import BlockAttention, StateLayer, attended, state_layer
 from compressor.modeling.linformer import LinformerFar
 from compressor.modeling.nystromformer import NystromFar, pseudo_inverse
-from compressor.modeling.performer import MAPS, PerformerFar
+from compressor.modeling.performer import MAPS, PerformerFar, orthogonal_features
 
 HEADS, WIDTH = 3, 8
 SCALING = WIDTH**-0.5
@@ -254,6 +254,37 @@ def test_nystromformer_is_its_formula_written_out_query_by_query(inverse):
             far = scores.softmax(-1) @ (pseudo_inverse(middle) @ right)
         wanted = (1 - share) * (own.softmax(-1) @ value[:, :, length : place + 1]) + share * far
         assert (found[:, :, place : place + 1] - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("feature_map", "features"), [("favor+", 3), ("favor+", 12), ("favor_hyp", 6)])
+@torch.no_grad()
+def test_products_of_favor_features_are_softmax_numbers_in_the_mean(feature_map, features):
+    """Over 20000 draws, of heads: exp(q . k / sqrt d) within 5 standard errors, which are small."""
+    draws, generator = 20000, torch.Generator().manual_seed(5)
+    query, key = 0.4 * torch.randn(2, 1, 1, 3, WIDTH, generator=generator)
+    far = PerformerFar(draws, WIDTH, features, feature_map, 0, True)
+    one, other = (far.logarithms(part.expand(-1, draws, -1, -1), SCALING).exp() for part in (query, key))
+    products = (one @ other.transpose(-1, -2))[0].double()
+    exact, error = (query @ key.transpose(-1, -2) * SCALING).exp(), products.std(0) / math.sqrt(draws)
+    assert ((products.mean(0) - exact).abs() <= 5 * error).all() and (error <= 0.03 * exact).all()
+
+
+def test_random_directions_are_orthogonal_and_as_long_as_gaussian_ones():
+    found = orthogonal_features(torch.Size((4000, 2 * WIDTH + 2, WIDTH)), 1)
+    lengths = found.norm(dim=-1, keepdim=True)
+    for run in (found / lengths).split(WIDTH, 1):
+        products = run @ run.transpose(-1, -2)
+        assert (products - torch.eye(run.shape[1])).abs().max() <= 1e-5
+    assert float(lengths.square().mean()) == pytest.approx(WIDTH, rel=0.01)
+    assert float(lengths.square().var()) == pytest.approx(2 * WIDTH, rel=0.05)  # of chi-squared
+    assert found.mean((0, 2)).abs().max() <= 0.03  # no side is preferred
+
+
+def test_the_pseudo_inverse_is_one_where_the_iteration_converges():
+    torch.manual_seed(0)
+    matrix = (torch.randn(5, 6, 6) + 4 * torch.eye(6)).softmax(-1)
+    assert (pseudo_inverse(matrix) - torch.linalg.pinv(matrix)).abs().max() <= 1e-3
+    assert (pseudo_inverse(matrix, 3) - torch.linalg.pinv(matrix)).abs().max() > 1e-2
 
 
 @torch.no_grad()
