@@ -42,8 +42,8 @@ def test_command_line(run, tmp_path, small):
     assert [row["attention_type"] for row in body["from_scratch"]["rows"]] == ["vanilla", "performer"]
     assert all(made[name].startswith(b"\x89PNG") for name in PICTURES)
     names = {record["name"] for record in body["costs"]}
-    every = 2 + 2 + 4 + 4 * 2 + 1
-    assert len(names) == every and len(body["costs"]) == every + 2 * 10, "all at knob_length, the middle ones elsewhere"
+    every = 2 + 2 + 4 + 3 * 2 + 1
+    assert len(names) == every and len(body["costs"]) == every + 2 * 9, "all at knob_length, the middle ones elsewhere"
     assert all(record["low_ms"] <= record["median_ms"] <= record["high_ms"] for record in body["costs"])
     heads = ["random, norm 2", "random, norm 6", "random, norm 6, correlation 0.9", "layer 1", "layer 5"]
     assert list(body["norms"]) == list(dict.fromkeys(record["heads"] for record in body["likeness"])) == heads

@@ -2,9 +2,10 @@
 
 FAVOR+ (Choromanski et al., arXiv 2009.14794): with x = q / d^(1/4), phi(x) = exp(w_i . x - |x|^2 / 2) / sqrt(m), the
 w_i orthogonal in blocks with the lengths of Gaussian vectors, estimates exp(q . k / sqrt(d)) without bias; favor_hyp
-takes w and -w. Its variance grows with e^(|q + k|^2): a trained model's queries may be out of its reach. relu, elu
-(+ 1) and learned (Hedgehog, Zhang et al., arXiv 2402.04347: a softmax over [W x, -W x]) do not estimate softmax but are
-trained to stand for it. All features are held as logarithms with a running maximum for each, so that none overflows.
+takes w and -w. Its variance grows with e^(|q + k|^2): a trained model's queries may be out of its reach. learned begins
+as favor_hyp and trains its directions (as Hedgehog, Zhang et al., arXiv 2402.04347, does those of exp(W x), exp(-W x)).
+relu and elu (+ 1) estimate nothing: they weigh beside the exact block what a gain says. All features are held as
+logarithms with a running maximum for each, so that none overflows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import initialization as init
 from .block_attention import Far, State, merged
 
 MAPS = ("favor+", "favor_hyp", "relu", "elu", "learned")
-ESTIMATES = ("favor+", "favor_hyp")  # of softmax's own numbers
+ESTIMATES = ("favor+", "favor_hyp", "learned")  # of softmax's own numbers, learned ones at their start
 PAIRED = ("favor_hyp", "learned")  # each direction is used with both signs
 _LEAST = 1e-6  # of a relu feature: its logarithm is finite
 _AT_ONCE = 512  # queries and keys whose features are held at a time
@@ -44,21 +45,14 @@ class PerformerFar(Far):
             self.register_buffer("weight", weight)  # drawn once, saved with the model, never trained
         else:
             self.register_buffer("weight", None)
-        self.gain = nn.Parameter(torch.empty(heads)) if not self.estimates else None  # logarithm of the far part's
+        trained = feature_map not in ("favor+", "favor_hyp")
+        self.gain = nn.Parameter(torch.empty(heads)) if trained else None  # logarithm of what the far part weighs
         self.reset_parameters()
-
-    @property
-    def estimates(self) -> bool:
-        """Whether the features' products estimate the softmax's own numbers."""
-        return self.feature_map in ESTIMATES
 
     def reset_parameters(self) -> None:
         if self.gain is not None:
             init.zeros_(self.gain)
-        if self.feature_map == "learned":
-            eye = torch.eye(*self.weight.shape[1:])
-            init.copy_(self.weight, eye.expand_as(self.weight))
-        elif self.weight is not None:
+        if self.weight is not None:
             init.copy_(self.weight, orthogonal_features(self.weight.shape, self.seed))
 
     def logarithms(self, x: Tensor, scaling: float) -> Tensor:
@@ -71,9 +65,7 @@ class PerformerFar(Far):
         projected = x @ self.weight.float().view(shape).transpose(-1, -2)
         if self.feature_map == "relu":
             return (projected.relu() + _LEAST).log()
-        if self.feature_map == "learned":
-            return torch.cat([projected, -projected], -1).log_softmax(-1)
-        if self.feature_map == "favor_hyp":
+        if self.feature_map in PAIRED:
             projected = torch.cat([projected, -projected], -1)
         return projected - x.square().sum(-1, keepdim=True) / 2 - math.log(self.features) / 2
 

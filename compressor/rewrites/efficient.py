@@ -33,7 +33,7 @@ class EfficientAttention(Rewrite):
     layers: list | None = None
     block: int = 64
     distill_steps: int = 0
-    distill_learning_rate: float = 1e-3
+    distill_learning_rate: float = 3e-3
 
     @abstractmethod
     def knobs(self) -> dict[str, Any]:

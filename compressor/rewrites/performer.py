@@ -27,8 +27,8 @@ from .efficient import EfficientAttention, attentions_of
 @dataclass(frozen=True)
 class Performer(EfficientAttention):
     """features: of each head (elu: as many as its width, relu and favor+: any, favor_hyp and learned: even).
-    feature_map: favor+, favor_hyp = estimates of softmax; relu, elu, learned = trained in its place. seed: of the
-    random directions. local: whether a query's own block is exact, else all is features."""
+    feature_map: favor+, favor_hyp = estimates of softmax; learned = favor_hyp whose directions are trained; relu, elu =
+    no estimates. seed: of the random directions. local: whether a query's own block is exact, else all is features."""
 
     name = "performer"
 
@@ -36,6 +36,7 @@ class Performer(EfficientAttention):
     feature_map: Literal["favor+", "favor_hyp", "relu", "elu", "learned"] = "learned"
     seed: int = 0
     local: bool = True
+    distill_learning_rate: float = 3e-2  # directions have entries around 1
 
     def check(self, base: GPT2Config) -> None:
         super().check(base)

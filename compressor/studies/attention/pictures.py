@@ -26,7 +26,6 @@ _LOOKS = {
     "performer favor_hyp": (COLOURS[2], "X", (0, (4, 2))),
     "performer relu": (COLOURS[3], "h", "-"),
     "performer elu": (COLOURS[4], "p", "-"),
-    "performer learned": (COLOURS[5], "*", "-"),
 }
 
 
