@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from transformers import GPT2Config
 
+from ..checkpoint_config import MOST
 from ..errors import UserError
 from .efficient import EfficientAttention
 
@@ -27,10 +28,8 @@ class Nystromformer(EfficientAttention):
 
     def check(self, base: GPT2Config) -> None:
         super().check(base)
-        if not 1 <= self.landmarks <= base.n_positions:
-            raise UserError(
-                f"nystromformer: landmarks is {self.landmarks}; allowed: 1 to {base.n_positions} (n_positions)"
-            )
+        if not 1 <= self.landmarks <= MOST:
+            raise UserError(f"nystromformer: landmarks is {self.landmarks}; allowed: 1 to {MOST}")
 
     def knobs(self) -> dict[str, Any]:
         return {"landmarks": self.landmarks, "inverse": self.inverse}
