@@ -19,7 +19,7 @@ KINDS = ("linformer", "nystromformer", "performer")  # of what may stand for com
 
 class CompressedAttention(GPT2Attention):
     """found: target -> place of its Tversky projections; entry: of the config's `efficient_attention`, None = GPT-2's
-    softmax over all tokens."""
+    softmax over all tokens. The config's attn_pdrop drops weights of that softmax only."""
 
     def __init__(self, config: Any, layer_idx: int, found: dict[str, TverskyPlace], entry: dict | None):
         super().__init__(config, layer_idx=layer_idx)
