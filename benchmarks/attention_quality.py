@@ -138,7 +138,8 @@ def main() -> None:
 
     lines = []
     for row in tqdm(rows(options.block, config.n_embd // config.n_head), desc="rows"):
-        key = json.dumps([row.record, row.log_mass, context, options.test_tokens])
+        told = None if row.record is None else from_record(row.record).resolved(config).record()
+        key = json.dumps([told, row.log_mass, context, options.test_tokens])
         recipe = [options.distill, options.steps, options.batch_tokens, options.learning_rate, options.seed]
         found = done.get(key)
         if found is None:
