@@ -58,7 +58,7 @@ def _caches(measured: Measured) -> Table:
         "Cache, bytes per token",
         lambda cost: f"{cost.cache_per_token:,.0f}",
         "What is kept for the next token, over the tokens so far, when the block under way is all but full. Vanilla "
-        "and sdpa keep keys and values; nystromformer keeps queries too, in both forms.",
+        "and sdpa keep keys and values; nystromformer keeps its landmarks too, with newton also queries.",
     )
 
 
