@@ -97,6 +97,13 @@ def test_distillation_of_performer(make, original, text, feature_map):
     assert sum(errors(original, found, text).values()) < sum(errors(original, start, text).values())
 
 
+def test_distillation_that_leads_away_is_put_back(make):
+    record = {"rewrite": "linformer", "block": 8, "slots": 7}
+    start, found = (make({**record, "distill_steps": steps, "distill_learning_rate": 3.0})[1] for steps in (0, 6))
+    weights = _named(start)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in found.named_parameters())
+
+
 def _named(model):
     return dict(model.named_parameters())
 

@@ -29,12 +29,13 @@ def distill(
     """`steps` steps of Adam, the learning rate falling to 0; returns the mean loss of each step.
 
     take: given a batch of calibration text, calls what it is given besides with the loss of every layer: gradients of
-    shared parameters add up. requires_grad is as before when it ends. Raises UserError, which names `name`, for
-    gradients that are not finite.
+    shared parameters add up. What ends further from the original than it began, on the first batch, is put back.
+    requires_grad is as before when it ends. Raises UserError, which names `name`, for gradients that are not finite.
     """
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     wanted = [parameter.requires_grad for parameter in parameters]
+    began = [parameter.detach().clone() for parameter in parameters]
     losses: list[float] = []
 
     def learn(loss: Tensor) -> None:
@@ -57,6 +58,14 @@ def distill(
             schedule.step()
             losses.append(sum(of_step) / len(of_step))
             context.progress(f"distillation, step {step + 1} of {steps}: {losses[-1]:.3g}")
+        of_step = []
+        take(next(iter(context.batches())), lambda loss: of_step.append(float(loss.detach())))
+        end = sum(of_step) / len(of_step)
+        if not end <= losses[0]:
+            context.progress(f"distillation: {losses[0]:.3g} has become {end:.3g}, all is put back")
+            with torch.no_grad():
+                for parameter, start in zip(parameters, began, strict=True):
+                    parameter.copy_(start)
     finally:
         for parameter, flag in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(flag)
