@@ -237,8 +237,8 @@ def _finetune(command: Command) -> None:
     tune.add_argument(
         "--train",
         choices=("auto", "deltas", "lora", "full"),
-        help="what is trained: the deltas, adapters that are merged at the end, everything; auto (default): deltas "
-        "where there are any, else lora",
+        help="what is trained: the deltas; adapters that are merged at the end, with what is new in attention in "
+        "blocks; everything; auto (default): deltas where there are any, else lora",
     )
     tune.add_argument("--distill", action="store_true", help="learn from the original's predictions")
     tune.add_argument("--control", action="store_true", help="also tune the original on the same budget")

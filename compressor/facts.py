@@ -34,7 +34,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     check(recipe.rewrites, config)
     resolved = placed_somewhere(recipe.rewrites, config)
     result = structure(resolved, config)
-    before, after = parameters(models.build(config)), parameters(models.build(result))
+    made = models.build(result)
+    before, after = parameters(models.build(config)), parameters(made)
     work = _work(recipe, config)
     return {
         "model": recipe.model,
@@ -57,7 +58,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "parameters": after,
         "parameters_before": before,
         "ratio": after / before,
-        "bytes": predicted_bytes(after + stored_besides(models.build(result)), found.dtype),
+        "bytes": predicted_bytes(after + stored_besides(made), found.dtype),
         "bytes_before": found.bytes,
         "flops_per_token": flops_per_token(result),
         "flops_per_token_before": flops_per_token(config),

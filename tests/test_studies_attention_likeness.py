@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from compressor.modeling.block_attention import implied_weights
 from compressor.studies.attention.kinds import NO_MASS, Kind, attention_of, kinds, only_likeness, sdpa
-from compressor.studies.attention.likeness import exact_matrix, implied_matrix, likeness, uniform_matrix
+from compressor.studies.attention.likeness import exact_matrix, likeness, uniform_matrix
 
 HEADS, WIDTH = 3, 8
 SCALING = WIDTH**-0.5
@@ -39,7 +40,7 @@ def test_matrices_are_those_of_softmax(tokens):
     assert np.allclose(exact_matrix(query, key, SCALING), wanted, atol=1e-6)
     for kind in ("vanilla", "sdpa"):
         attend = attention_of(Kind(kind), HEADS, WIDTH, 4, 0)
-        assert np.allclose(implied_matrix(attend, query, key, SCALING), wanted, atol=1e-6)
+        assert np.allclose(implied_weights(attend, query, key, scaling=SCALING), wanted, atol=1e-6)
     uniform = uniform_matrix(torch.from_numpy(wanted))[0, 0]
     assert np.allclose(uniform, [[1 / (i + 1) if j <= i else 0 for j in range(tokens)] for i in range(tokens)])
 
@@ -49,7 +50,7 @@ def test_matrices_are_those_of_softmax(tokens):
 def test_the_implied_matrix_gives_the_output(kind):
     query, key, value = heads(22)
     attend = attention_of(kind, HEADS, WIDTH, 4, 0)
-    matrix = implied_matrix(attend, query, key, SCALING)
+    matrix = implied_weights(attend, query, key, scaling=SCALING)
     assert torch.allclose(matrix @ value, attend(query, key, value, scaling=SCALING), atol=1e-4)
     assert not matrix.triu(1).any(), "nothing of what comes later"
 
@@ -84,7 +85,7 @@ def test_neutral_settings_have_no_error():
     exact = exact_matrix(query, key, SCALING)
     for kind, block in ((Kind("linformer", 4), 4), (Kind("nystromformer", 3, "newton"), 22),
                         (Kind("performer", 6, "learned"), 32), (Kind("sdpa"), 4)):  # fmt: skip
-        matrix = implied_matrix(attention_of(kind, HEADS, WIDTH, block, 0), query, key, SCALING)
+        matrix = implied_weights(attention_of(kind, HEADS, WIDTH, block, 0), query, key, scaling=SCALING)
         found = likeness(matrix, exact, value)
         assert max(found.frobenius, found.variation, found.row_sum, found.output_error) < 1e-5
         assert min(found.cosine, found.output_cosine) > 1 - 1e-6
@@ -96,12 +97,14 @@ def test_a_worse_one_is_told_as_worse():
     exact = exact_matrix(query, key, SCALING)
 
     def error(kind):
-        return likeness(implied_matrix(attention_of(kind, HEADS, WIDTH, 8, 0), query, key, SCALING), exact, value)
+        return likeness(
+            implied_weights(attention_of(kind, HEADS, WIDTH, 8, 0), query, key, scaling=SCALING), exact, value
+        )
 
     ladder = [error(kind) for kind in (Kind("linformer", 8), Kind("linformer", 4), Kind("linformer", 1),
                                        Kind("linformer", 1, lacking=NO_MASS))]  # fmt: skip
     for better, worse in pairwise(ladder):
         assert better.frobenius < worse.frobenius and better.variation < worse.variation
         assert better.cosine > worse.cosine and better.output_error < worse.output_error
-    other = implied_matrix(sdpa, key, query, SCALING)
+    other = implied_weights(sdpa, key, query, scaling=SCALING)
     assert likeness(other, exact, value).frobenius > 0.5

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.gpt2.modeling_gpt2 import ALL_ATTENTION_FUNCTIONS, GPT2Attention, eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 
-from .block_attention import BlockAttention, Far, state_layer
+from .block_attention import BlockAttention, Far, implied_weights, state_layer
 from .linformer import LinformerFar
 from .nystromformer import NystromFar
 from .performer import PerformerFar
@@ -57,7 +57,7 @@ class CompressedAttention(GPT2Attention):
             if weights_too:
                 if layer is not None and layer.state:
                     raise ValueError("attention in blocks keeps no weights of tokens before; pass use_cache=False")
-                weights = self.scores.weights(query, key, scaling=self.scaling, real=here)
+                weights = implied_weights(self.scores, query, key, scaling=self.scaling, real=here)
             mixed = self.scores(query, key, value, scaling=self.scaling, real=here, layer=layer).transpose(1, 2)
         mixed = mixed.reshape(*hidden_states.shape)
         out = self.c_proj(mixed) if self.key_out is None else self.c_proj(mixed, feature_bank[self.key_out])

@@ -9,6 +9,8 @@ block. What a cache holds is the block under way and what its far part keeps of 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,30 +21,30 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 State = dict[str, Tensor]  # every tensor [batch, ...]
 
 
-class Far(nn.Module):
+class Far(nn.Module, ABC):
     """What stands for completed blocks. Queries without any get a mass of 0: a logarithm of -inf or float32's least."""
 
     keeps_queries = False  # whether its state is made of queries too
 
+    @abstractmethod
     def over_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State
     ) -> tuple[Tensor, Tensor]:
         """Of the blocks that come after those in `state`: query, key, value float[batch, heads, blocks, block,
         head_dim]; block i sees state and blocks 0..i-1. Returns output of the same shape and log-mass [batch, heads,
         blocks, block], float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def over_state(self, query: Tensor, scaling: float, state: State) -> tuple[Tensor, Tensor]:
         """Of state alone: query float[batch, heads, tokens, head_dim]. Returns output and log-mass [batch, heads,
         tokens]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grown(
         self, state: State, query: Tensor | None, key: Tensor, value: Tensor, complete: Tensor, scaling: float
     ) -> State:
         """State with the first complete[row] of the given blocks (as of `over_blocks`) of each row added; query: where
         it keeps them."""
-        raise NotImplementedError
 
     def near(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, seen: Tensor | None
@@ -107,18 +109,6 @@ class BlockAttention(nn.Module):
             layer.keep(*self._kept(state, query, key, value, fill + count, even, scaling), tokens)
         return out if order is None else _taken(out, order.argsort(dim=1))
 
-    def weights(self, query: Tensor, key: Tensor, *, scaling: float, real: Tensor | None = None) -> Tensor:
-        """How much of each token's value is in each output: float[batch, heads, tokens, tokens]. As large as what this
-        attention is there to avoid: to look at."""
-        shape, tokens = query.shape, query.shape[2]
-        eye = torch.eye(tokens, dtype=query.dtype, device=query.device)
-        parts = [
-            self(query, key, nn.functional.pad(part, (0, shape[3] - part.shape[1])).expand(shape), scaling=scaling,
-                 real=real)[..., : part.shape[1]]
-            for part in eye.split(shape[3], dim=1)
-        ]  # fmt: skip
-        return torch.cat(parts, -1)
-
     def _within(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: State, even: bool) -> Tensor:
         """All queries in the block under way, whose keys are given; even: the queries are those of the last keys."""
         seen = None
@@ -162,6 +152,21 @@ class BlockAttention(nn.Module):
 
 
 _OWN = ("fill", "query", "key", "value")  # the part of a state that is the block under way
+
+
+def implied_weights(attend: Callable[..., Tensor], query: Tensor, key: Tensor, **settings: Any) -> Tensor:
+    """How much of each token's value is in each output of attend(query, key, value, **settings), which is given the
+    identity as values, in slices as wide as a head: float[batch, heads, tokens, tokens]. As large as what attention in
+    blocks is there to avoid: to look at."""
+    width = query.shape[3]
+    eye = torch.eye(query.shape[2], dtype=query.dtype, device=query.device)
+    parts = [
+        attend(query, key, nn.functional.pad(part, (0, width - part.shape[1])).expand(query.shape), **settings)[
+            ..., : part.shape[1]
+        ]
+        for part in eye.split(width, dim=1)
+    ]
+    return torch.cat(parts, -1)
 
 
 # ---------------------------------------------------------------- softmax with its mass

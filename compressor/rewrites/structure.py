@@ -12,11 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from .. import gpt2, models
 from ..modeling import AUTO_MAP, GPT2CompressedConfig
 
-STRUCTURES = (
-    "ffn_groups",
-    "tversky",
-    "efficient_attention",
-)  # the lists in the config that make a GPT-2 a compressed one
+# The lists in the config that make a GPT-2 a compressed one.
+STRUCTURES = ("ffn_groups", "tversky", "efficient_attention")
 
 
 def add_structure(base: GPT2Config, field: str, entries: list[dict[str, Any]]) -> GPT2CompressedConfig:

@@ -1,8 +1,8 @@
 """How like exact causal attention another one is: by the matrices that they stand for, and by their outputs.
 
-The matrix of an attention that never makes one is had by feeding it the identity as values: what comes out for a token
-is its row. (The cosine of layer outputs alone, as klaipher/GPTAttentionsComparison has it, says little: outputs are
-means of many values, and alike even where the weights are not.)
+The matrix of an attention that never makes one: `modeling.block_attention.implied_weights`. (The cosine of layer
+outputs alone, as klaipher/GPTAttentionsComparison has it, says little: outputs are means of many values, and alike even
+where the weights are not.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kinds import Attend, causal_weights
+from .kinds import causal_weights
 
 
 @dataclass(frozen=True)
@@ -29,31 +29,8 @@ class Likeness:
     output_cosine: float
 
 
-@torch.no_grad()
-def implied_matrix(attend: Attend, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """float32[batch, heads, tokens, tokens]: row i is what token i takes of every token's value.
-
-    query, key float[batch, heads, tokens, head_dim]. The identity goes in by slices of head_dim columns, as a batch:
-    attentions need not take values of another width than keys.
-    """
-    heads, tokens, width = query.shape[1:]
-    slices = -(-tokens // width)
-    eye = torch.zeros(tokens, slices * width, dtype=query.dtype, device=query.device)
-    eye.fill_diagonal_(1)
-    columns = eye.view(tokens, slices, width).transpose(0, 1)  # [slices, tokens, width]
-    rows = []
-    for one_query, one_key in zip(query, key, strict=True):
-        out = attend(
-            *(tensor.expand(slices, -1, -1, -1) for tensor in (one_query, one_key)),
-            columns[:, None].expand(-1, heads, -1, -1),
-            scaling=scaling,
-        )
-        rows.append(out.permute(1, 2, 0, 3).flatten(2)[..., :tokens].float())
-    return torch.stack(rows)
-
-
 def exact_matrix(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """The same of softmax, in float32."""
+    """Of softmax: float32[batch, heads, tokens, tokens]; query, key float[batch, heads, tokens, head_dim]."""
     return causal_weights(query.float(), key.float(), scaling)
 
 

@@ -21,7 +21,7 @@ from ... import data, models
 from ...artifacts import Provenance
 from ...errors import UserError
 from ...finetune import Step
-from ...modeling.block_attention import BlockAttention
+from ...modeling.block_attention import BlockAttention, implied_weights
 from ...modeling.performer import PerformerFar
 from ...models import OpenModel
 from ...rewrites.performer import missing_mass
@@ -33,7 +33,7 @@ from .cost import cache_bytes, peak_bytes, times
 from .figures import Cost, Match, Measured
 from .inputs import Heads, chosen_layers, model_heads, random_heads
 from .kinds import UNIFORM, Attend, Kind, attention_of, kinds, middle, only_likeness
-from .likeness import exact_matrix, implied_matrix, likeness, uniform_matrix
+from .likeness import exact_matrix, likeness, uniform_matrix
 from .report import report_of
 from .scratch import checked, from_scratch
 
@@ -238,7 +238,7 @@ def _matches(
     found = {}
     for kind in compared:
         attend = _made(settings, kind, given, session)
-        matrix = implied_matrix(attend, given.query, given.key, given.scaling)
+        matrix = implied_weights(attend, given.query, given.key, scaling=given.scaling).float()
         figures = likeness(matrix, exact, given.value, _call(attend, given))
         kept = cache_bytes(attend, part.query, part.key, part.value, part.scaling)
         found[kind.name] = {**dataclasses.asdict(figures), "cache_bytes": kept}
