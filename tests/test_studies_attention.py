@@ -15,8 +15,8 @@ from compressor.studies import STUDIES, run_measured
 from compressor.studies.attention import study as attention
 from compressor.studies.attention.figures import crossing
 from compressor.studies.attention.study import AttentionSettings
-from compressor.studies.counts import Outcome, joined
 from compressor.studies.measured import STATE, settings_of
+from compressor.studies.outcome import Outcome, joined
 
 STUDY = STUDIES["attention"]
 SMALL = ["lengths=[16,24,40]", "knob_length=24", "repeats=2", "heads=2", "head_dim=8", "block=8", "slots=[1,4]",

@@ -14,7 +14,8 @@ from compressor.errors import UserError
 from compressor.report.layout import make
 from compressor.session import Columns
 from compressor.studies import STUDIES
-from compressor.studies.counts import CountStudy, Outcome, run_counts
+from compressor.studies.counts import CountStudy, run_counts
+from compressor.studies.outcome import Outcome
 from compressor.studies.tversky_pictures import per_cent
 
 PICTURES = {"tversky_parameters.png", "tversky_changes.png", "tversky_memory.png", "tversky_paper.png"}
@@ -99,7 +100,7 @@ def test_command_line(run, tmp_path):
     assert "134,466,822" in text and "81,139,968" in text and all(f"]({name})" in text for name in PICTURES)
     assert "134,466,822" in made["report.html"].decode()
     again = run("study", "tversky_scaling", "--run", tmp_path / "s", "--force", "--json")
-    body, stored = again.json, artifacts.read_json(tmp_path / "s" / "report.json", "counts", "study")
+    body, stored = again.json, artifacts.read_json(tmp_path / "s" / "report.json", "study", "study")
     assert body["rows"] == stored["rows"] and stored["study"] == "tversky_scaling" and stored["provenance"]["version"]
     assert {name: tree(tmp_path / "s")[name] for name in PICTURES} == {name: made[name] for name in PICTURES}
 

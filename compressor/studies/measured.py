@@ -13,7 +13,7 @@ from ..artifacts import Provenance
 from ..errors import UserError
 from ..recipe import parse_yaml
 from ..session import ANYWHERE, Columns, Session, must_be_folder
-from .counts import Outcome, publish
+from .outcome import Outcome, publish
 
 STATE = "measured.json"
 

@@ -22,7 +22,8 @@ from ..tversky_gpt import (
     paper_config,
     tversky_gpt_config,
 )
-from .counts import CountStudy, Outcome
+from .counts import CountStudy
+from .outcome import Outcome
 from .tversky_pictures import more, per_cent, pictures
 
 SHAPES = {"Small": (128, 4, 4), "Medium": (256, 6, 8), "Large": (512, 8, 8), "GPT-2 small": (768, 12, 12)}

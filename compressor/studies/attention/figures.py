@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from .kinds import Kind, middle
+from .likeness import Likeness
 
 MIB = 2**20
 
@@ -32,17 +33,11 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Match:
-    """Of a kind on some heads: a Likeness, and what its cache holds there."""
+class Match(Likeness):
+    """Of a kind on some heads, with what its cache holds there."""
 
     kind: Kind
     heads: str
-    frobenius: float
-    variation: float
-    cosine: float
-    row_sum: float
-    output_error: float
-    output_cosine: float
     cache_bytes: int
 
 

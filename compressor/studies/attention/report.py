@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...report import layout
 from ...report.layout import Table
-from ..counts import Outcome
+from ..outcome import Outcome
 from .figures import MIB, Cost, Match, Measured
 from .findings import findings
 from .kinds import SDPA

@@ -29,7 +29,7 @@ from ...processes import LAUNCH, processes
 from ...rewrites import Rewrite
 from ...session import ANYWHERE, Columns
 from ...tokens import TokenBlocks, text_ids
-from ..counts import Outcome
+from ..outcome import Outcome
 from . import scratch_report as told
 from .character_losses import counted_nll, leak, row_nll
 from .character_models import TYPES, AttentionConfig, initial, rewrites_of, variant

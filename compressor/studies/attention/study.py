@@ -26,8 +26,8 @@ from ...modeling.performer import PerformerFar
 from ...models import OpenModel
 from ...rewrites.performer import missing_mass
 from ...session import Columns, Session
-from ..counts import Outcome, joined
 from ..measured import Kept, MeasuredStudy
+from ..outcome import Outcome, joined
 from .character_models import TYPES
 from .cost import cache_bytes, peak_bytes, times
 from .figures import Cost, Match, Measured
@@ -154,7 +154,7 @@ def _measure(settings: AttentionSettings, subject: _Subject, kept: Kept, session
             costs += (Cost(kind, length, **found[kind.name]) for kind in plan)
         for heads in inputs:
             found = kept.get(heads.name, partial(_matches, settings, heads, compared, session, bar.update))
-            matches += (Match(kind, heads.name, **found[kind.name]) for kind in (*compared, UNIFORM))
+            matches += (Match(kind=kind, heads=heads.name, **found[kind.name]) for kind in (*compared, UNIFORM))
     norms = {heads.name: heads.norms for heads in inputs}
     measured = report_of(Measured(dataclasses.asdict(settings), tuple(costs), tuple(matches), norms))
     return joined([measured, *_from_scratch(settings, subject, kept, session)])
