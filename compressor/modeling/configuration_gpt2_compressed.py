@@ -21,6 +21,13 @@ class GPT2CompressedConfig(GPT2Config):
         {"kind": "linformer", "layers": [0, 1], "block": 64, "slots": 8, "per_head": false},
         {"kind": "nystromformer", "layers", "block", "landmarks": 16, "inverse": "none" | "newton"} or
         {"kind": "performer", "layers", "block", "features": 128, "feature_map": "favor+", "seed": 0, "local": true}.
+    alibi: {"slopes": "geometric" | "fitted" | "learned", "learned_positions": false, "first": true}
+        (modeling/alibi.py): how the slopes were found; whether wpe is still there, as it is until a recovery has taken
+        it away; whether position 0 has a vector. n_positions then is the length that the model was trained at.
+    token_factored: {"stage": one of streams.STAGES, "layers": [0, 1], "value_norm": true, "bias": true}
+        (modeling/streams.py): the layers whose values and outputs are made as the stage says; whether values read
+        LN(xt) or xt; whether Kronecker outputs have a bias.
+    shaped_attention: {"layers": [0, 1], "parallel": false} (modeling/shaped.py); parallel: FFN beside attention.
     compression: the rewrites that made the model, as records of their fields.
     """
 
@@ -29,4 +36,7 @@ class GPT2CompressedConfig(GPT2Config):
     ffn_groups: list | None = None
     tversky: list | None = None
     efficient_attention: list | None = None
+    alibi: dict | None = None
+    token_factored: dict | None = None
+    shaped_attention: dict | None = None
     compression: list | None = None

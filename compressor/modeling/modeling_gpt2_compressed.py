@@ -4,7 +4,9 @@ State dict: `transformer.h.{i}.{ln_1,attn,ln_2}` as in GPT-2; a layer outside ev
 `transformer.ffn_bank.{g}.{c_fc,c_proj}` holds each shared FFN once; a layer of a group holds only
 `mlp.{c_fc,c_proj}.{delta_a,delta_b,bias}`. `transformer.feature_bank.{key}.weight` holds the features of Tversky
 projections once; a projection (`attn.c_attn.{q,k,v}`, `attn.c_proj`, `mlp.{c_fc,c_proj}`, `mlp.block`,
-`lm_head.projection`) holds its prototypes and scalars.
+`lm_head.projection`) holds its prototypes and scalars. With ALiBi a layer holds `attn.alibi.log_slopes`, and `wpe` is
+`wpe.first`. In two streams a layer may hold `ln_v`, `attn.{c_qk,c_v}`
+and `attn.out_map`.
 """
 
 from __future__ import annotations
@@ -17,15 +19,25 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Mod
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 
-from .attention import CompressedAttention
+from .alibi import AlibiPositions, AlibiSlopes
+from .attention import CompressedAttention, stage_maps
 from .configuration_gpt2_compressed import GPT2CompressedConfig
 from .linformer import LinformerFar
 from .performer import PerformerFar
+from .shaped import AttentionShape, BranchGains
 from .shared_ffn import LayerDelta, LayerFFN, SharedFFN
+from .streams import HeadMixing, StreamDropout, StreamNorm, StreamPositions, residual
 from .tversky import FeatureBank, Scalars, TverskyProjection
 from .tversky_layers import TverskyFFN, TverskyHead, feature_banks, tversky_places
+
+
+_DRAWS_ITSELF = (
+    FeatureBank, Scalars, TverskyProjection, LinformerFar, PerformerFar, AlibiPositions, AlibiSlopes, HeadMixing,
+    AttentionShape, BranchGains,
+)  # fmt: skip
 
 
 class GPT2CompressedBlock(GPT2Block):
@@ -42,7 +54,14 @@ class GPT2CompressedBlock(GPT2Block):
         super().__init__(config, layer_idx=layer_idx)
         places = places or {}
         self.shares_ffn = group is not None
-        self.other_attention = efficient is not None or bool(places.keys() & {"q", "k", "v", "attn_out"})
+        shaped = config.shaped_attention
+        shaped = shaped if shaped and layer_idx in shaped["layers"] else None
+        self.values_apart = stage_maps(config, layer_idx)[0] is not None
+        self.other_attention = (
+            efficient is not None
+            or bool(places.keys() & {"q", "k", "v", "attn_out"})
+            or bool(config.alibi or self.values_apart or shaped)
+        )
         self.tversky_ffn = bool(places.keys() & {"c_fc", "mlp_out", "mlp_block"})
         if group is not None:
             entry = config.ffn_groups[group]
@@ -51,6 +70,11 @@ class GPT2CompressedBlock(GPT2Block):
             self.attn = CompressedAttention(config, layer_idx, places, efficient)
         if self.tversky_ffn:
             self.mlp = TverskyFFN(config, places)  # type: ignore[assignment]
+        if self.values_apart and config.token_factored["value_norm"]:
+            self.ln_v: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        elif self.values_apart:
+            self.ln_v = nn.Identity()
+        self.gains = BranchGains() if shaped and shaped["parallel"] else None
 
     def forward(  # type: ignore[override]
         self,
@@ -64,22 +88,37 @@ class GPT2CompressedBlock(GPT2Block):
         feature_bank: nn.ModuleDict | None = None,
         real: Tensor | None = None,
         weights_too: bool = False,
+        bias_share: float = 1.0,
         **kwargs,
     ) -> Tensor:
-        extra = {"feature_bank": feature_bank, "real": real, "weights_too": weights_too} if self.other_attention else {}
+        """hidden_states float[batch, tokens, d], or of two streams [2, batch, tokens, d]; returns the same."""
+        streams = hidden_states.ndim == 4
+        x = residual(hidden_states)
+        extra: dict[str, Any] = {}
+        if self.other_attention:
+            extra = {"feature_bank": feature_bank, "real": real, "weights_too": weights_too, "bias_share": bias_share}
+        if self.values_apart:
+            extra["value_states"] = self.ln_v(hidden_states[1])
         attention, _ = self.attn(
-            self.ln_1(hidden_states),
+            self.ln_1(x),
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             use_cache=use_cache,
             **extra,
             **kwargs,
         )
-        hidden_states = hidden_states + attention
-        normed = self.ln_2(hidden_states)
+        if self.gains is not None:
+            attention = self.gains.attention * attention
+            x = x + attention + self.gains.ffn * self._ffn(self.ln_2(x), ffn_bank, feature_bank)
+        else:
+            x = x + attention
+            x = x + self._ffn(self.ln_2(x), ffn_bank, feature_bank)
+        return torch.stack([x, hidden_states[1] + attention]) if streams else x
+
+    def _ffn(self, normed: Tensor, ffn_bank: nn.ModuleList | None, feature_bank: nn.ModuleDict | None) -> Tensor:
         if self.shares_ffn:
-            return hidden_states + self.mlp(normed, ffn_bank)
-        return hidden_states + (self.mlp(normed, feature_bank) if self.tversky_ffn else self.mlp(normed))
+            return self.mlp(normed, ffn_bank)
+        return self.mlp(normed, feature_bank) if self.tversky_ffn else self.mlp(normed)
 
 
 class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
@@ -89,7 +128,7 @@ class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, CompressedAttention) and module.key_out is not None:
+        if isinstance(module, CompressedAttention) and not isinstance(getattr(module, "c_proj", None), Conv1D):
             return  # GPT-2 would scale the weight of a linear that is none
         super()._init_weights(module)
         if isinstance(module, LayerDelta):  # A ~ N, B = 0: starts as no delta, and trains
@@ -98,7 +137,7 @@ class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
                 init.zeros_(module.delta_b)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (FeatureBank, Scalars, TverskyProjection, LinformerFar, PerformerFar)):
+        elif isinstance(module, _DRAWS_ITSELF):
             module.reset_parameters()
         elif isinstance(module, TverskyHead):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -126,23 +165,38 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
         )
         self.ffn_bank = nn.ModuleList([SharedFFN(d, d_ff, entry["bias"] == "shared") for entry in groups])
         self.feature_bank = feature_banks(places)
+        if config.alibi:
+            self.wpe = AlibiPositions(config)  # type: ignore[assignment]
+        if config.token_factored:
+            if not config.alibi:
+                self.wpe = StreamPositions(config.max_position_embeddings, d)
+            self.drop = StreamDropout(config.embd_pdrop)
+            self.ln_f = StreamNorm(d, eps=config.layer_norm_epsilon)
         self.post_init()
 
     def block_arguments(self, attention_mask: Tensor | None = None) -> dict:
         """What every block of this trunk must be called with besides GPT-2's own arguments. attention_mask: bool or
         int[batch, tokens so far], 0 = pad; attention in blocks takes no other."""
         found: dict[str, Any] = {"ffn_bank": self.ffn_bank, "feature_bank": self.feature_bank}
-        if self.config.efficient_attention and attention_mask is not None:
+        if isinstance(self.wpe, AlibiPositions):
+            found["bias_share"] = 1 - self.wpe.share
+        if (self.config.efficient_attention or self.config.shaped_attention) and attention_mask is not None:
             if attention_mask.ndim != 2:
-                raise ValueError(f"attention in blocks takes masks [batch, tokens], got {list(attention_mask.shape)}")
+                what = "attention in blocks" if self.config.efficient_attention else "shaped attention"
+                raise ValueError(f"{what} takes masks [batch, tokens], got {list(attention_mask.shape)}")
             found["real"] = attention_mask.bool()
         return found
 
+    @can_return_tuple
     def forward(self, input_ids=None, past_key_values=None, attention_mask=None, *args, **kwargs):
         own = self.block_arguments(attention_mask)
         if self.config.efficient_attention:
             own["weights_too"] = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        return super().forward(input_ids, past_key_values, attention_mask, *args, **{**kwargs, **own})
+        kwargs |= {**own, "return_dict": True}
+        found = super().forward(input_ids, past_key_values, attention_mask, *args, **kwargs)
+        if found.hidden_states is not None:
+            found.hidden_states = tuple(map(residual, found.hidden_states))
+        return found
 
 
 class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
