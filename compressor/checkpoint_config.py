@@ -13,16 +13,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 from transformers.activations import ACT2FN
 
+from .checkpoint_attention import MOST, check_attention, different
 from .errors import UserError
 from .modeling import GPT2CompressedConfig
-from .modeling.attention import KINDS
-from .modeling.nystromformer import INVERSES
-from .modeling.performer import MAPS, PAIRED
 from .modeling.tversky import DIFFERENCES, FORMS, INTERSECTIONS, PROTOTYPES, SCALARS
 from .modeling.tversky_layers import FFN_TARGETS, HEAD_TARGET, TARGETS, tversky_places
 
 # Far beyond any GPT-2: what a damaged config may say must not be built.
-MOST = 1 << 22  # of what widths and lengths may be
 _LARGEST = {"n_layer": 1000, **dict.fromkeys(("n_head", "n_embd", "n_positions", "vocab_size", "n_inner"), MOST)}
 
 
@@ -93,7 +90,7 @@ def check_config(where: str, config: GPT2Config) -> None:
         if len(shared) != len(set(shared)):
             raise UserError(f"{where} has a layer twice in ffn_groups")
         _check_tversky(where, config)
-        _check_attention(where, config)
+        check_attention(where, config)  # asks where Tversky projections are
 
 
 def _is_group(entry: Any, n_layer: int) -> bool:
@@ -107,69 +104,6 @@ def _is_group(entry: Any, n_layer: int) -> bool:
         and rank >= 0
         and entry.get("bias") in ("per_layer", "shared")
     )
-
-
-# ---------------------------------------------------------------- attention
-
-
-def _check_attention(where: str, config: GPT2CompressedConfig) -> None:
-    taken: set[int] = set()
-    for index, entry in enumerate(config.efficient_attention or []):
-        if not isinstance(entry, dict):
-            raise UserError(f"{where} has {entry!r:.80} as entry {index} of efficient_attention; allowed: a mapping")
-        for key, (fits, allowed) in _attention_entry(config, entry).items():
-            if key not in entry or not fits(entry[key]):
-                given = f"{entry[key]!r:.80} as" if key in entry else "no"
-                raise UserError(
-                    f"{where} has {given} {key} in entry {index} of efficient_attention; allowed: {allowed}"
-                )
-        if taken & set(entry["layers"]):
-            raise UserError(f"{where} has layer {min(taken & set(entry['layers']))} twice in efficient_attention")
-        taken |= set(entry["layers"])
-
-
-def _attention_entry(config: GPT2Config, entry: Mapping[str, Any]) -> dict[str, tuple[Callable[[Any], bool], str]]:
-    """As `_entry`, of an entry of efficient_attention."""
-    most, width = MOST, config.n_embd // config.n_head
-
-    def one_of(*known: Any) -> tuple[Callable[[Any], bool], str]:
-        return (lambda value: type(value) in (str, bool) and value in known), ", ".join(map(str, known)).lower()
-
-    def whole(largest: int, of: int = 1) -> tuple[Callable[[Any], bool], str]:
-        pairs = f", in steps of {of}" if of > 1 else ""
-        return (lambda value: type(value) is int and of <= value <= largest and value % of == 0), (
-            f"{of} to {largest}{pairs}"
-        )
-
-    kind, block, feature_map = (entry.get(key) for key in ("kind", "block", "feature_map"))
-    knobs: dict[Any, dict[str, tuple[Callable[[Any], bool], str]]] = {
-        "linformer": {
-            "slots": whole(block if type(block) is int else most),
-            "per_head": one_of(True, False),
-        },
-        "nystromformer": {"landmarks": whole(most), "inverse": one_of(*INVERSES)},
-        "performer": {
-            "feature_map": one_of(*MAPS),
-            "features": whole(most, 2 if feature_map in PAIRED else 1) if feature_map != "elu" else (
-                lambda value: value == width, f"{width}, a head's width"
-            ),
-            "seed": (lambda value: type(value) is int and 0 <= value < 1 << 63, "0 or more"),
-            "local": one_of(True, False),
-        },
-    }  # fmt: skip
-    return {
-        "kind": one_of(*KINDS),
-        "layers": (
-            lambda value: (
-                isinstance(value, list)
-                and bool(value)
-                and _different(value, lambda layer: 0 <= layer < config.n_layer, int)
-            ),
-            f"different layers within 0 to {config.n_layer - 1}",
-        ),
-        "block": whole(most),
-        **(knobs.get(kind, {}) if isinstance(kind, str) else {}),
-    }
 
 
 # ---------------------------------------------------------------- tversky
@@ -226,13 +160,13 @@ def _entry(config: GPT2Config, entry: Mapping[str, Any]) -> dict[str, tuple[Call
         return (lambda value: isinstance(value, str) and value in known), ", ".join(known)
 
     def are_targets(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and _different(value, lambda item: item in TARGETS, str)
+        return isinstance(value, list) and bool(value) and different(value, lambda item: item in TARGETS, str)
 
     def are_groups(value: Any) -> bool:
         if not isinstance(value, list) or not all(isinstance(group, list) and group for group in value):
             return False
         every = [layer for group in value for layer in group]
-        return _different(every, lambda layer: 0 <= layer < layers, int) and bool(every or words == [HEAD_TARGET])
+        return different(every, lambda layer: 0 <= layer < layers, int) and bool(every or words == [HEAD_TARGET])
 
     def are_features(value: Any) -> bool:
         return isinstance(value, dict) and all(
@@ -259,10 +193,6 @@ def _entry(config: GPT2Config, entry: Mapping[str, Any]) -> dict[str, tuple[Call
         **{key: ((lambda value: isinstance(value, bool)), "true, false") for key in flags},
         **dict.fromkeys(("offset", *SCALARS), number),
     }
-
-
-def _different(values: list[Any], fits: Callable[[Any], bool], kind: type) -> bool:
-    return all(type(value) is kind and fits(value) for value in values) and len(set(values)) == len(values)
 
 
 def _contradictions(entry: Mapping[str, Any]) -> dict[str, bool]:

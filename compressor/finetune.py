@@ -104,7 +104,8 @@ def finetune(
     """Train the model in place and leave it in its best state by the NLL on `evaluation`, the start included.
 
     model: float32 (or float64) weights on one device; with several processes it moves to the process's own. Its
-    structure and, but for the trained parameters, its bits stay as they are; adapters of `lora` are merged at the end.
+    structure and, but for the trained parameters, its bits stay as they are, up to what a rewrite takes away at the end
+    (`finish`); adapters of `lora` are merged then.
     blocks: training text; evaluation: selection text, None to keep the last state unseen.
     train: auto | deltas | lora | full, see `resolve_train`. batch_tokens: of one step over all processes, in whole
     rows. Loss: summed NLL over the batch's predicted tokens (pads never count) + `penalty` times the mean of the
@@ -180,6 +181,8 @@ def finetune(
             loop.run(state_folder, checkpoint_every)
             loop.restore_best()
         trainable = sum(parameter.numel() for parameter in parameters.values())
+    for rewrite in rewrites:
+        rewrite.finish(model)
     return Recovery(
         train=mode,
         trainable=trainable,

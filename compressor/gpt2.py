@@ -17,12 +17,20 @@ from transformers.activations import NewGELUActivation
 from transformers.masking_utils import create_causal_mask
 from transformers.pytorch_utils import Conv1D
 
+from .modeling.streams import residual
+
 FFN_LINEARS = ("c_fc", "c_proj")
 
 
 def d_ff(config: GPT2Config) -> int:
     """Width of an FFN's hidden layer, in neurons."""
     return config.n_inner if config.n_inner is not None else 4 * config.n_embd
+
+
+def longest(config: GPT2Config) -> int | None:
+    """The most tokens that a model takes at once; None where any number: n_positions is what it was trained at then."""
+    alibi = getattr(config, "alibi", None)
+    return None if alibi and not alibi["learned_positions"] else config.n_positions
 
 
 def trunk(model: PreTrainedModel) -> Any:
@@ -136,11 +144,12 @@ def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def run_blocks(
     model: PreTrainedModel, hidden: Tensor, start: int, stop: int, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Blocks start..stop-1 on hidden states [batch, context, d]; attention_mask bool or int [batch, context]."""
-    positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+    """Blocks start..stop-1 on hidden states [batch, context, d], or of two streams [2, batch, context, d];
+    attention_mask bool or int [batch, context]."""
+    positions = torch.arange(hidden.shape[-2], device=hidden.device).unsqueeze(0)
     mask = create_causal_mask(
         config=model.config,
-        inputs_embeds=hidden,
+        inputs_embeds=residual(hidden),
         attention_mask=attention_mask,
         past_key_values=None,
         position_ids=positions,

@@ -148,8 +148,9 @@ class Loop:
     def _train(self) -> None:
         """One step: this process's rows of the global batch, in as many forward passes as they need."""
         settings, processes = self.settings, self.processes
+        progress = self.step / (settings["steps"] - 1) if settings["steps"] > 1 else 1.0
         for rewrite in self.rewrites:
-            rewrite.on_step(self.model, self.step / max(1, settings["steps"] - 1))
+            rewrite.on_step(self.model, progress)
         batch = batch_rows(len(self.training), self.rows, self.step, settings["seed"])
         count = max(1, self.training.count(batch))  # of all processes: known without asking them
         passes = self.training.passes(batch[processes.rank :: processes.world], self.forward_tokens) or [[]]

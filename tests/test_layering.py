@@ -23,8 +23,8 @@ STOREYS = [
     {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
      "training_rows", "training_schedule", "training_state", "classification", "tversky_gpt"},  # stages
-    {"models", "checkpoint", "checkpoint_config", "gpt2", "artifacts", "data", "examples", "sources", "tokens",
-     "fields", "windows", "errors", "processes", "demo", "modeling"},  # ground
+    {"models", "checkpoint", "checkpoint_attention", "checkpoint_config", "gpt2", "artifacts", "data", "examples",
+     "sources", "tokens", "fields", "windows", "errors", "processes", "demo", "modeling"},  # ground
 ]  # fmt: skip
 # reopen runs in a process of its own, where the package is not; __init__ is the package's face
 APART = {"reopen", "__init__"}

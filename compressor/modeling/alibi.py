@@ -3,7 +3,7 @@
 Source: Press, Smith & Lewis, arXiv 2108.12409. Head h adds -m_h (i - j) to the score of query i and key j. A model that
 was trained with learned positions gets there by a share s that falls from 1 to 0: the embeddings of a token at position
 p are wte + s wpe[p] + (1 - s)(mean + 1[p = 0] first), the bias is taken (1 - s) times. s = 1 is GPT-2, bit for bit. At
-the end wpe and mean are gone (mean becomes part of wte); `first` stays, for position 0 is where GPT-2's attention rests.
+the end wpe and mean are gone (mean becomes part of wte); `first` stays: position 0 is where GPT-2's attention rests.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import initialization as init
 
 from .streams import to_context
 
+SLOPES = ("geometric", "fitted", "learned")
 WIDER = 4  # numbers more in a query and a key that carry the bias
 
 

@@ -1,4 +1,4 @@
-"""The attention of a compressed GPT-2: linears that may be Tversky projections or none, and how the values are mixed."""
+"""The attention of a compressed GPT-2: what its linears are, and how the values are mixed."""
 
 from __future__ import annotations
 

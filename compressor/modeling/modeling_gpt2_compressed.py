@@ -33,7 +33,6 @@ from .streams import HeadMixing, StreamDropout, StreamNorm, StreamPositions, res
 from .tversky import FeatureBank, Scalars, TverskyProjection
 from .tversky_layers import TverskyFFN, TverskyHead, feature_banks, tversky_places
 
-
 _DRAWS_ITSELF = (
     FeatureBank, Scalars, TverskyProjection, LinformerFar, PerformerFar, AlibiPositions, AlibiSlopes, HeadMixing,
     AttentionShape, BranchGains,

@@ -37,10 +37,7 @@ class AttentionShape(nn.Module):
         else:
             counted = value.float() * real[:, None, :, None]
             count = real.cumsum(1).clamp_min(1)
-        if tokens == 1:
-            sums = counted.sum(2, keepdim=True)
-        else:
-            sums = counted.cumsum(2)[:, :, -tokens:]
+        sums = counted.sum(2, keepdim=True) if tokens == 1 else counted.cumsum(2)[:, :, -tokens:]
         means = (sums / count[:, None, -tokens:, None]).to(value.dtype).transpose(1, 2)
         alpha, beta, gamma = (part[:, None].to(value.dtype) for part in (self.identity, self.softmax, self.mean))
         return alpha * own + beta * mixed - gamma * means

@@ -61,8 +61,8 @@ def residual(hidden: Tensor) -> Tensor:
 
 
 class HeadMixing(nn.Module):
-    """[..., d] -> the same: slice g of the output is the sum over h of weight[g, h] times slice h of the input, which is
-    weight (x) 1 of the head's width; plus a bias [d] where there is one."""
+    """float[..., d] -> the same: slice g of the output is the sum over h of weight[g, h] times slice h of the input,
+    the Kronecker product of weight and 1 of the head's width; plus a bias [d] where there is one."""
 
     def __init__(self, heads: int, d: int, bias: bool):
         super().__init__()

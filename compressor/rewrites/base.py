@@ -158,7 +158,10 @@ class Rewrite(ABC):
         return None
 
     def on_step(self, model: GPT2LMHeadModel, progress: float) -> None:  # noqa: B027
-        """Called at every training step with progress 0..1."""
+        """Called at every training step with progress 0..1, which is 1 at the last."""
+
+    def finish(self, model: GPT2LMHeadModel) -> None:  # noqa: B027
+        """Called once when a recovery ends: takes away, in place, what was there for the way only."""
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel | None:
         """The same function without this rewrite's structure: plain GPT-2 where no other has one. None where it has

@@ -9,8 +9,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2, models
 from ..alignment import Alignments
+from ..checkpoint_attention import check_attention
 from ..data import TokenBlocks
 from ..errors import UserError
+from ..modeling import GPT2CompressedConfig
 from .base import FitContext, Rewrite, Statistics
 
 
@@ -45,11 +47,16 @@ def structure(rewrites: Sequence[Rewrite], base: GPT2Config) -> GPT2Config:
     fields.pop("model_type")
     for group in [*(fields.get("ffn_groups") or []), *(fields.get("efficient_attention") or [])]:
         group["layers"] = [layers[layer] for layer in group["layers"]]
+    for field in ("token_factored", "shaped_attention"):
+        if entry := fields.get(field):
+            entry["layers"] = [layers[layer] for layer in entry["layers"]]
     for entry in fields.get("tversky") or []:
         entry["groups"] = [[layers[layer] for layer in group] for group in entry["groups"]]
     result = type(config)(**fields)
     earlier = getattr(base, "compression", None) or []
     result.compression = [*earlier, *(rewrite.record() for rewrite in rewrites)]
+    if isinstance(result, GPT2CompressedConfig):
+        check_attention("this recipe", result)
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from transformers import GPT2Config
 
-from ..checkpoint_config import MOST
+from ..checkpoint_attention import MOST
 from ..errors import UserError
 from .efficient import EfficientAttention
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2
-from ..checkpoint_config import MOST
+from ..checkpoint_attention import MOST
 from ..errors import UserError
 from ..modeling.performer import ESTIMATES, PAIRED, PerformerFar
 from .base import FitContext

@@ -12,14 +12,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from .. import gpt2, models
 from ..modeling import AUTO_MAP, GPT2CompressedConfig
 
-# The lists in the config that make a GPT-2 a compressed one.
-STRUCTURES = ("ffn_groups", "tversky", "efficient_attention")
+# What in the config makes a GPT-2 a compressed one: lists of entries, and one mapping each.
+LISTS = ("ffn_groups", "tversky", "efficient_attention")
+STRUCTURES = (*LISTS, "alibi", "token_factored", "shaped_attention")
 
 
-def add_structure(base: GPT2Config, field: str, entries: list[dict[str, Any]]) -> GPT2CompressedConfig:
-    """`base` with these entries more in one of STRUCTURES."""
+def add_structure(base: GPT2Config, field: str, entries: list[dict[str, Any]] | dict[str, Any]) -> GPT2CompressedConfig:
+    """`base` with these entries more in one of LISTS, or with this mapping as another of STRUCTURES."""
     fields = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "architectures")}
-    fields[field] = (fields.get(field) or []) + entries
+    fields[field] = entries if isinstance(entries, dict) else (fields.get(field) or []) + entries
     return GPT2CompressedConfig(**{**fields, "auto_map": dict(AUTO_MAP)})
 
 
@@ -30,7 +31,10 @@ def without_structure(
     place of theirs, by state-dict key, a query's, key's or value's linear as part of c_attn. A head that is no longer
     the embeddings is untied from them."""
     fields = model.config.to_dict()
-    fields[field] = [entry for entry in fields.get(field) or [] if not goes(entry)] or None
+    if field in LISTS:
+        fields[field] = [entry for entry in fields.get(field) or [] if not goes(entry)] or None
+    elif goes(fields[field]):
+        fields[field] = None
     for key in ("model_type", "architectures"):
         fields.pop(key, None)
     if fields["tie_word_embeddings"] and gpt2.HEAD_KEY in tensors:
