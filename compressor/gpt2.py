@@ -118,6 +118,11 @@ def embeddings(model: PreTrainedModel) -> Tensor:
     return trunk(model).wte.weight.detach()
 
 
+def positions(model: PreTrainedModel) -> Tensor:
+    """The learned embeddings of positions of a plain GPT-2, [n_positions, d]."""
+    return trunk(model).wpe.weight.detach()
+
+
 def feature_bank(model: PreTrainedModel) -> Any:
     """The feature banks of a compressed model's Tversky projections, by their keys."""
     return trunk(model).feature_bank

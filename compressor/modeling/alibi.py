@@ -54,6 +54,13 @@ class AlibiPositions(nn.Module):
         if self.first is not None:
             init.zeros_(self.first)
 
+    def dropped(self) -> Tensor:
+        """Forget the learned embeddings; returns their mean [d], which was added at every position."""
+        mean = self.mean.detach()
+        del self.weight, self.mean
+        self.learned, self.share = False, 0.0
+        return mean
+
     def forward(self, positions: Tensor) -> Tensor:
         found = self._added(positions)
         return to_context(found) if self.streams else found

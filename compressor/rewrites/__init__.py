@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError, unknown
+from .alibi import Alibi
 from .base import FitContext, Rewrite
 from .compressed_n import CompressedN
 from .dropped_n import DroppedN
@@ -26,6 +27,7 @@ REWRITES: dict[str, type[Rewrite]] = {
     "linformer": Linformer,
     "nystromformer": Nystromformer,
     "performer": Performer,
+    "alibi": Alibi,
 }
 
 

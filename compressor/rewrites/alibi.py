@@ -1,0 +1,96 @@
+"""alibi: linear biases in the place of learned positions, so that a model takes contexts longer than it was trained at.
+
+Source: Press, Smith & Lewis, arXiv 2108.12409; the way there from learned positions is ours (modeling/alibi.py): they
+fade out during recovery while the biases fade in, and are dropped at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from .. import gpt2
+from ..errors import UserError
+from ..modeling.alibi import geometric_slopes
+from .alibi_fit import fitted_slopes
+from .base import FitContext, Rewrite
+from .structure import add_structure, without_structure
+
+
+@dataclass(frozen=True)
+class Alibi(Rewrite):
+    """slopes: geometric, the paper's, for any number of heads; fitted, those of the model's own attention on
+    calibration text; learned, which begin as fitted and train with the rest. anneal: the share of the recovery's steps
+    in which learned positions fade out; 0 drops them at once, in the rewrite."""
+
+    name = "alibi"
+
+    slopes: Literal["geometric", "fitted", "learned"] = "fitted"
+    anneal: float = 0.5
+
+    def sites(self, base: GPT2Config) -> frozenset[str]:
+        return frozenset({"wpe", "lm_head"})  # the head: it is the embeddings, which take up the positions' mean
+
+    def check(self, base: GPT2Config) -> None:
+        if not 0 <= self.anneal <= 1:
+            raise UserError(f"alibi: anneal is {self.anneal}; allowed: 0 to 1, a share of the recovery's steps")
+
+    def config(self, base: GPT2Config) -> GPT2Config:
+        entry = {"slopes": self.slopes, "learned_positions": self.anneal > 0, "first": True}
+        return add_structure(base, "alibi", entry)
+
+    def fit(self, model: GPT2LMHeadModel, context: FitContext) -> None:
+        config, places = context.original.config, context.layers
+        if self.slopes == "geometric":
+            slopes = {layer: torch.tensor(geometric_slopes(config.n_head)) for layer in places}
+        else:
+            context.progress("attention by distance")
+            slopes = fitted_slopes(context.original, context.batches(), list(places))
+        for layer, own in places.items():
+            gpt2.put(gpt2.attention(model, own).alibi, "log_slopes", slopes[layer].clamp_min(_LEAST).log())
+        positions = gpt2.positions(context.original)
+        mean = positions[1:].mean(0) if len(positions) > 1 else positions[0]
+        wpe = gpt2.trunk(model).wpe
+        gpt2.put(wpe, "first", positions[0] - mean)
+        if self.anneal:
+            gpt2.put(wpe, "mean", mean)
+        else:
+            gpt2.put(gpt2.trunk(model).wte, "weight", gpt2.embeddings(model) + mean)
+
+    def trainable(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
+        if self.slopes != "learned":
+            return []
+        return [gpt2.attention(model, layer).alibi.log_slopes for layer in range(model.config.n_layer)]
+
+    def beside_adapters(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
+        wpe = gpt2.trunk(model).wpe
+        return [wpe.first, *([wpe.mean] if wpe.learned else []), *self.trainable(model)]
+
+    def on_step(self, model: GPT2LMHeadModel, progress: float) -> None:
+        if model.config.alibi["learned_positions"]:
+            gpt2.trunk(model).wpe.share = max(0.0, 1 - progress / self.anneal)
+
+    def finish(self, model: GPT2LMHeadModel) -> None:
+        if model.config.alibi["learned_positions"]:
+            gpt2.trunk(model).drop_learned_positions()
+
+    def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+        if not model.config.alibi["learned_positions"]:
+            raise UserError("alibi's biases fall with distance, which plain GPT-2 cannot express")
+        return without_structure(model, "alibi", lambda entry: True, {})
+
+    def diagnose(self, model: GPT2LMHeadModel, batches: Any) -> dict[str, Any]:
+        slopes = [gpt2.attention(model, layer).alibi.slopes(1.0).tolist() for layer in range(model.config.n_layer)]
+        return {"slopes": [[float(f"{slope:.6g}") for slope in own] for own in slopes]}
+
+    @classmethod
+    def neutral(cls, base: GPT2Config) -> Alibi:
+        return cls(slopes="geometric")
+
+
+_LEAST = math.exp(-14)  # a slope of no effect within a million tokens
