@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import JOINER, Text
 from ..errors import UserError, unknown
+from ..gpt2 import longest
 from ..models import OpenModel
 from ..tokens import text_ids
 from .base import MetricResult, Progress, whole
@@ -66,7 +67,7 @@ def perplexity(
     """
     if protocol not in PROTOCOLS:
         raise unknown("protocol of perplexity", protocol, PROTOCOLS)
-    context = whole("context", model.config.n_positions if context is None else context, 1, model.config.n_positions)
+    context = whole("context", model.config.n_positions if context is None else context, 1, longest(model.config))
     if max_tokens is not None:
         whole("max_tokens", max_tokens, 2)
     whole("batch_tokens", batch_tokens, 1)
