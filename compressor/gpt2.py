@@ -27,7 +27,7 @@ def d_ff(config: GPT2Config) -> int:
     return config.n_inner if config.n_inner is not None else 4 * config.n_embd
 
 
-def longest(config: GPT2Config) -> int | None:
+def longest(config: Any) -> int | None:
     """The most tokens that a model takes at once; None where any number: n_positions is what it was trained at then."""
     alibi = getattr(config, "alibi", None)
     return None if alibi and not alibi["learned_positions"] else config.n_positions

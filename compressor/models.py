@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from . import artifacts
+from . import artifacts, gpt2
 from .checkpoint import Checkpoint, build, find, locate, open_tokenizer, read_config, weight_files
 from .errors import UserError
 from .modeling import GPT2CompressedConfig, GPT2CompressedLMHeadModel, register
@@ -120,10 +120,12 @@ def save(model: GPT2LMHeadModel, folder: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def probe(model: GPT2LMHeadModel) -> dict[str, Any]:
-    """A short fixed input, beyond two blocks of attention in blocks, and some of the logits it gives: lets a fresh
-    process prove that it opened this model."""
+    """A short fixed input, beyond two blocks of attention in blocks and beyond the trained length of a model that
+    takes any, and some of the logits it gives: lets a fresh process prove that it opened this model."""
     blocks = [entry["block"] for entry in getattr(model.config, "efficient_attention", None) or []]
     length = min(max([24, *(2 * block + 8 for block in blocks)]), model.config.n_positions)
+    if gpt2.longest(model.config) is None:
+        length = model.config.n_positions + 8
     vocabulary = model.config.vocab_size
     ids = [(7919 * i + 13) % vocabulary for i in range(length)]
     tokens = [(104729 * i) % vocabulary for i in range(16)]

@@ -26,6 +26,10 @@ def main(folder: str, sentence: str) -> dict:
     config = model.config
     blocks = [entry["block"] for entry in getattr(config, "efficient_attention", None) or []]
     length = min(max([24, *(2 * block + 8 for block in blocks)]), config.n_positions)  # as models.probe's
+    alibi = getattr(config, "alibi", None)
+    endless = alibi is not None and not alibi["learned_positions"]
+    if endless:
+        length = config.n_positions + 8
     ids = torch.tensor(
         [
             [(7919 * i + 13) % config.vocab_size for i in range(length)],
@@ -40,15 +44,16 @@ def main(folder: str, sentence: str) -> dict:
         cached = torch.cat([first.logits, second.logits], dim=1)
         changed = ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % config.vocab_size
-        room = min(8, config.n_positions - half)
+        prompt = ids[:, : config.n_positions - 4 if endless else half]  # to write beyond what it was trained at
+        room = 8 if endless else min(8, config.n_positions - half)
         settings = {
             "max_new_tokens": room,
             "min_new_tokens": room,
             "do_sample": False,
             "pad_token_id": 0,
-            "attention_mask": torch.ones_like(ids[:, :half]),
+            "attention_mask": torch.ones_like(prompt),
         }
-        greedy = [model.generate(ids[:, :half], use_cache=use, **settings).tolist() for use in (True, False)]
+        greedy = [model.generate(prompt, use_cache=use, **settings).tolist() for use in (True, False)]
         probe = model(ids[:1]).logits[0]
         vocabulary = [(104729 * i) % config.vocab_size for i in range(16)]
     storages = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}

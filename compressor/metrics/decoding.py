@@ -57,8 +57,8 @@ def continuations(
     rows of a forward pass; it changes no text. The model comes back as it was; its own generation_config is not used.
     Raises UserError where a prompt and its new tokens need more positions than the model has, and for NaN logits.
     """
-    longest, positions = max(map(len, prompts), default=0), model.config.n_positions
-    if longest + new_tokens > positions:
+    longest, positions = max(map(len, prompts), default=0), gpt2.longest(model.config)
+    if positions is not None and longest + new_tokens > positions:
         raise UserError(
             f"a prompt of {longest} tokens and new_tokens={new_tokens} are more than the {positions} positions that "
             "the model has; give fewer"

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint_attention import MOST
 from ..data import fingerprint
 from ..errors import UserError
+from ..gpt2 import longest
 from ..models import OpenModel
 from ..tokens import text_ids
 from .base import MetricResult, Progress, whole
@@ -80,7 +82,7 @@ def measure(
         raise UserError(f"prompts={prompts!r} is not allowed; allowed: a list of texts")
     model, tokenizer = subject.model, subject.tokenizer
     ids = [text_ids(tokenizer, model.config.vocab_size, prompt) for prompt in given]
-    room = model.config.n_positions - max(map(len, ids))
+    room = (longest(model.config) or MOST) - max(map(len, ids))
     if room < _LEAST:
         raise UserError(
             f"the longest prompt has {max(map(len, ids))} tokens and leaves {max(0, room)} of the model's "

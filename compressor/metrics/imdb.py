@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError, unknown
 from ..examples import Examples, Labelled
+from ..gpt2 import longest
 from ..models import OpenModel
 from ..tokens import first_tokens
 from .base import MetricResult, Progress, whole
@@ -112,7 +113,9 @@ def _asked(
     positions = subject.model.config.n_positions
     asked = _Asked(
         head=head,
-        context=whole("context", min(_CONTEXT, positions) if context is None else context, 1, positions),
+        context=whole(
+            "context", min(_CONTEXT, positions) if context is None else context, 1, longest(subject.model.config)
+        ),
         batch_tokens=whole("batch_tokens", batch_tokens, 1),
         tuning=tuning,
         training=data.training.first(max_training),

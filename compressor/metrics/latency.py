@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel
 
+from ..checkpoint_attention import MOST
 from ..errors import UserError
+from ..gpt2 import longest
 from ..models import OpenModel
 from .base import MetricResult, Progress, whole
 from .cache import cache_bytes
@@ -106,8 +108,9 @@ def measure(
     new_tokens to 32, less where a model has no room. Raises UserError for lengths a model cannot hold.
     """
     batches, prompts = _several("batch", batch) or [1], _several("prompt_tokens", prompt_tokens)
-    room = min(subject.model.config.n_positions for subject in subjects)
-    prompts = prompts or [max(1, min(_PROMPT, room // 2))]
+    configs = [subject.model.config for subject in subjects]
+    room = min(longest(config) or MOST for config in configs)
+    prompts = prompts or [max(1, min(_PROMPT, min(config.n_positions for config in configs) // 2))]
     new_tokens = max(1, min(_NEW, room - max(prompts))) if new_tokens is None else whole("new_tokens", new_tokens, 1)
     whole("repeats", repeats, 2)
     whole("warm_up", warm_up, 0)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..examples import Examples
+from ..gpt2 import longest
 from ..models import OpenModel
 from ..tokens import text_ids
 from .base import MetricResult, Progress, whole
@@ -91,7 +92,7 @@ def _task(
     if not isinstance(prompt, str):
         raise UserError(f"prompt={prompt!r} is not allowed; allowed: a text, such as {PROMPT!r}")
     whole("new_tokens", new_tokens, 1)
-    context = whole("context", positions if context is None else context, 1, positions)
+    context = whole("context", positions if context is None else context, 1, longest(subject.model.config))
     rows = data.first(max_examples)
     if not any(_words(target) for target in rows.targets):
         raise UserError(f"no summary of {data.source} has a letter a to z or a digit; ROUGE counts no others")
