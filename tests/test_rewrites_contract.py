@@ -35,6 +35,7 @@ def _tversky(size, width_in, width_out, *, projections, banks=1, scalars=3):
 
 _ALL = ["q", "k", "v", "attn_out", "c_fc", "mlp_out", "lm_head"]
 HEADS = 4
+_ALIBI = -64 * D + D + LAYERS * HEADS  # positions but for the first one's; slopes
 _WIDTH = D // HEADS
 _RATIO = {"form": "ratio", "non_negative": True, "scale": True}
 _MIN = {"intersection": "min", "difference": "subtractmatch", "init": "lsq", "scale": True}
@@ -122,6 +123,10 @@ EXAMPLES = {
         ({"block": 5, "feature_map": "favor_hyp", "features": 16, "layers": [2], "seed": 3}, 0),
         ({"block": 4, "feature_map": "relu", "features": 12, "local": False, "distill_steps": 2}, LAYERS * HEADS),
         ({"block": 3, "feature_map": "elu"}, LAYERS * HEADS),
+    ],
+    "alibi": [  # with learned positions fading out it is the original until a recovery begins: tests/test_alibi.py
+        ({"slopes": "geometric", "anneal": 0}, _ALIBI),
+        ({"slopes": "learned", "anneal": 0}, _ALIBI),
     ],
 }
 CASES = [
@@ -260,6 +265,8 @@ class TestEveryExample:
             assert "\n" not in str(why)
             if name == "tversky":
                 assert "is not linear" in str(why) and record.get("init") in ("lsq", "random")
+            elif name == "alibi":
+                assert "fall with distance" in str(why)
             else:
                 assert name in ("linformer", "nystromformer", "performer") and f"attention of {name}" in str(why)
             return

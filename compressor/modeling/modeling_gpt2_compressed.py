@@ -173,13 +173,6 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
             self.ln_f = StreamNorm(d, eps=config.layer_norm_epsilon)
         self.post_init()
 
-    @torch.no_grad()
-    def drop_learned_positions(self) -> None:
-        """Leave ALiBi alone to tell positions apart. The mean of the learned ones becomes part of the embeddings of
-        tokens, which moves all logits of a position alike where the head is tied to them."""
-        self.wte.weight.add_(cast(AlibiPositions, self.wpe).dropped())
-        self.config.alibi = {**cast(dict, self.config.alibi), "learned_positions": False}
-
     def block_arguments(self, attention_mask: Tensor | None = None) -> dict:
         """What every block of this trunk must be called with besides GPT-2's own arguments. attention_mask: bool or
         int[batch, tokens so far], 0 = pad; attention in blocks takes no other."""

@@ -77,7 +77,10 @@ class Alibi(Rewrite):
 
     def finish(self, model: GPT2LMHeadModel) -> None:
         if model.config.alibi["learned_positions"]:
-            gpt2.trunk(model).drop_learned_positions()
+            mean = gpt2.trunk(model).wpe.dropped()
+            gpt2.put(gpt2.trunk(model).wte, "weight", gpt2.embeddings(model) + mean)  # it may be the original's own
+            model.tie_weights()
+            model.config.alibi = {**model.config.alibi, "learned_positions": False}
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
         if not model.config.alibi["learned_positions"]:

@@ -1,0 +1,326 @@
+"""alibi against plain GPT-2 that is handed the same embeddings and biases; slopes against the paper's own rule."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import toy_blocks, toy_gpt2
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from compressor import gpt2, models
+from compressor.checkpoint_config import check_config
+from compressor.errors import UserError
+from compressor.finetune import finetune
+from compressor.metrics.size import parameters
+from compressor.modeling.alibi import geometric_slopes
+from compressor.rewrites import from_record
+from compressor.rewrites.alibi_fit import fitted_slopes, scores_by_distance
+from compressor.rewrites.compose import apply, structure
+
+LONG = 150  # tokens; the toy was built for 64
+
+
+def made(original, **fields):
+    rewrite = from_record({"rewrite": "alibi", **fields})
+    return apply([rewrite], original, None, calibration=toy_blocks(original.config, rows=4))
+
+
+@pytest.fixture(scope="module")
+def endless(original):
+    return made(original, slopes="geometric", anneal=0)
+
+
+def some_ids(rows=2, tokens=LONG, seed=3):
+    return torch.randint(1, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, ids, **arguments):
+    with torch.no_grad():
+        return model(ids, **arguments).logits
+
+
+def reference(original, ids, share, slopes):
+    """Plain GPT-2, whose positions add nothing, with the embeddings and the biases as its inputs."""
+    plain = copy.deepcopy(original)
+    plain.set_attn_implementation("eager")
+    positions = plain.transformer.wpe.weight.detach().clone()
+    plain.transformer.wpe.weight.data.zero_()
+    tokens = ids.shape[1]
+    mean = positions[1:].mean(0)
+    added = share * positions[:tokens] if share else torch.zeros(tokens, ids.new_empty(0, 32).shape[1])
+    added = added + (1 - share) * mean
+    added[0] += (1 - share) * (positions[0] - mean)
+    behind = torch.arange(tokens) - torch.arange(tokens)[:, None]
+    bias = (1 - share) * torch.tensor(slopes)[:, None, None] * behind
+    bias = bias.masked_fill(behind > 0, float("-inf"))[None].expand(len(ids), -1, -1, -1)
+    with torch.no_grad():
+        return plain(
+            inputs_embeds=plain.transformer.wte(ids) + added,
+            attention_mask=bias,
+            position_ids=torch.zeros(1, tokens, dtype=torch.int64),
+        ).logits
+
+
+# ---------------------------------------------------------------- slopes
+
+
+def papers_slopes(heads):
+    """As the authors give them: for a power of two a geometric series from 2^(-8 / n); else recursion."""
+    power = 2 ** int(np.floor(np.log2(heads)))
+    if power == heads:
+        start = 2 ** (-(2 ** -(np.log2(heads) - 3)))
+        return [start * start**i for i in range(heads)]
+    return papers_slopes(power) + papers_slopes(2 * power)[0::2][: heads - power]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 16, 20, 25, 32])
+def test_geometric_slopes_are_the_papers(heads):
+    assert np.allclose(geometric_slopes(heads), papers_slopes(heads), rtol=1e-12)
+    assert len(set(geometric_slopes(heads))) == heads  # the source repeats some
+
+
+def test_geometric_slopes_of_gpt2_small():
+    exponents = [-1, -2, -3, -4, -5, -6, -7, -8, -0.5, -1.5, -2.5, -3.5]
+    assert geometric_slopes(12) == pytest.approx([2**exponent for exponent in exponents])
+
+
+def test_scores_by_distance_against_all_pairs(original):
+    blocks = toy_blocks(original.config, rows=5)
+    means, count = scores_by_distance(original, blocks.batches(), [0, 4])
+    model = copy.deepcopy(original)
+    sums, pairs = {layer: np.zeros((4, 64)) for layer in (0, 4)}, np.zeros(64)
+    for ids, mask in blocks.batches():
+        kept = {}
+        for layer in sums:
+            gpt2.attention(model, layer).register_forward_pre_hook(
+                lambda _, given, layer=layer, kept=kept: kept.__setitem__(layer, given[0])
+            )
+        with torch.no_grad():
+            model(ids)
+        for real in mask.tolist():
+            for i in range(64):
+                for j in range(1, i + 1):
+                    if real[i] and real[j]:
+                        pairs[i - j] += 1
+        for layer, x in kept.items():
+            query, key, _ = gpt2.queries_keys_values(model, layer, x)
+            scores = (query @ key.transpose(-1, -2) * 8**-0.5).detach().double().numpy()
+            for row, real in enumerate(mask.numpy()):
+                for i in range(64):
+                    for j in range(1, i + 1):
+                        if real[i] and real[j]:
+                            sums[layer][:, i - j] += scores[row, :, i, j]
+    assert np.array_equal(count.numpy(), pairs)
+    for layer, total in sums.items():
+        assert np.allclose(means[layer].numpy()[:, pairs > 0], (total / pairs.clip(1))[:, pairs > 0], atol=1e-5)
+
+
+def test_fitted_slopes_are_a_least_squares_line_through_all_pairs(original):
+    blocks = toy_blocks(original.config, rows=3)
+    means, count = scores_by_distance(original, blocks.batches(), [1])
+    distance = np.arange(64)
+    wanted = [-np.polyfit(distance, mean, 1, w=np.sqrt(count.numpy()))[0] for mean in means[1].numpy()]
+    found = fitted_slopes(original, blocks.batches(), [1])[1].numpy()
+    assert np.allclose(found, np.clip(wanted, 0, None), atol=1e-7) and (found > 0).any()
+
+
+def test_learned_slopes_begin_as_fitted(original):
+    one, other = (made(original, slopes=slopes, anneal=0) for slopes in ("fitted", "learned"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    rewrites = {slopes: from_record({"rewrite": "alibi", "slopes": slopes}) for slopes in ("fitted", "learned")}
+    assert rewrites["fitted"].trainable(one) == [] and len(rewrites["learned"].trainable(one)) == 6
+
+
+# ---------------------------------------------------------------- the function
+
+
+def test_with_learned_positions_it_is_the_original(original):
+    model, ids = made(original, slopes="geometric", anneal=0.5), some_ids(tokens=64)
+    assert torch.equal(logits(model, ids), logits(original, ids))
+    folded = from_record({"rewrite": "alibi"}).fold(model)
+    assert type(folded) is type(original) and torch.equal(logits(folded, ids), logits(original, ids))
+    with pytest.raises(IndexError):
+        logits(model, some_ids(tokens=65))
+
+
+@pytest.mark.parametrize("share", [0.75, 0.25, 0.0])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_on_the_way(original, share, kind):
+    model, ids = made(original, slopes="geometric", anneal=0.5), some_ids(tokens=64)
+    model.set_attn_implementation(kind)
+    from_record({"rewrite": "alibi", "anneal": 0.5}).on_step(model, 0.5 * (1 - share))
+    wanted = reference(original, ids, share, geometric_slopes(4))
+    assert (logits(model, ids) - wanted).abs().max() <= 1e-5
+
+
+def test_dropping_positions_changes_no_probability(original):
+    model, ids = made(original, slopes="geometric", anneal=0.5), some_ids(tokens=64)
+    rewrite = from_record({"rewrite": "alibi", "anneal": 0.5})
+    rewrite.on_step(model, 0.7)
+    before, count = logits(model, ids).log_softmax(-1), parameters(model)
+    embeddings = original.transformer.wte.weight.detach().clone()
+    rewrite.finish(model)
+    assert torch.equal(original.transformer.wte.weight, embeddings)  # which were the model's own until then
+    assert (logits(model, ids).log_softmax(-1) - before).abs().max() <= 1e-5
+    assert model.config.alibi == {"slopes": "geometric", "learned_positions": False, "first": True}
+    assert parameters(model) == count - 64 * 32 - 32
+    at_once = made(original, slopes="geometric", anneal=0)
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in at_once.state_dict().items()
+    }
+    assert (logits(model, ids) - logits(at_once, ids)).abs().max() <= 1e-5
+    rewrite.finish(model)  # nothing is left to do
+
+
+def test_an_untied_head_sees_the_same_states():
+    original = toy_gpt2(tie_word_embeddings=False)
+    model, ids = made(original, slopes="geometric", anneal=0), some_ids(tokens=64)
+    assert (logits(model, ids) - reference(original, ids, 0.0, geometric_slopes(4))).abs().max() <= 1e-5
+    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+class TestBeyondItsPositions:
+    def test_against_plain_gpt2_with_the_biases(self, endless, original, kind):
+        model, ids = copy.deepcopy(endless), some_ids()
+        model.set_attn_implementation(kind)
+        wanted = reference(original, ids, 0.0, geometric_slopes(4))
+        found = logits(model, ids)
+        assert (found.log_softmax(-1) - wanted.log_softmax(-1)).abs().max() <= 1e-4
+
+    def test_cached(self, endless, kind):
+        model, ids = copy.deepcopy(endless), some_ids()
+        model.set_attn_implementation(kind)
+        full, cache, parts = logits(model, ids), None, []
+        with torch.no_grad():
+            for chunk in ids.split([70, 1, 1, 38, 40], dim=1):
+                step = model(chunk, past_key_values=cache, use_cache=True)
+                cache, parts = step.past_key_values, [*parts, step.logits]
+        assert (torch.cat(parts, 1) - full).abs().max() <= 1e-4
+
+    def test_padded(self, endless, kind):
+        model, ids = copy.deepcopy(endless), some_ids()
+        model.set_attn_implementation(kind)
+        full, pads = logits(model, ids), torch.zeros(2, 9, dtype=torch.int64)
+        mask = torch.cat([pads, torch.ones_like(ids)], 1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        left = logits(model, torch.cat([pads, ids], 1), attention_mask=mask, position_ids=positions)
+        assert (left[:, 9:] - full).abs().max() <= 1e-4
+        with torch.no_grad():  # and one token at a time
+            step = model(
+                torch.cat([pads, ids[:, :-1]], 1),
+                attention_mask=mask[:, :-1],
+                position_ids=positions[:, :-1],
+                use_cache=True,
+            )
+            last = model(
+                ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], past_key_values=step.past_key_values
+            )
+        assert (last.logits[:, 0] - full[:, -1]).abs().max() <= 1e-4
+
+    def test_generates_alike_with_and_without_a_cache(self, endless, kind):
+        model, ids = copy.deepcopy(endless), some_ids(tokens=60)
+        model.set_attn_implementation(kind)
+        settings = {"max_new_tokens": 30, "min_new_tokens": 30, "pad_token_id": 0, "do_sample": False}
+        settings["attention_mask"] = torch.ones_like(ids)
+        for beams in (1, 3):
+            cached, fresh = (model.generate(ids, use_cache=use, num_beams=beams, **settings) for use in (True, False))
+            assert torch.equal(cached, fresh) and cached.shape == (2, 90)
+
+
+def test_biases_of_bfloat16_are_those_of_float32(endless):
+    """Far into a text m j is large, and rounded to bfloat16 it would tell neighbours apart by nothing."""
+    model, ids = copy.deepcopy(endless), some_ids(rows=1, tokens=700)
+    wanted = logits(model, ids).softmax(-1)
+    for kind in ("eager", "sdpa"):
+        low = copy.deepcopy(model).to(torch.bfloat16)
+        low.set_attn_implementation(kind)
+        apart = (logits(low, ids).float().softmax(-1) - wanted).abs().sum(-1) / 2
+        assert apart.mean() < 0.02 and apart.max() < 0.06  # total variation
+
+
+def test_reloads_and_goes_beyond_its_positions(endless, tmp_path):
+    model, ids = copy.deepcopy(endless), some_ids()
+    with torch.no_grad():
+        model.transformer.h[2].attn.alibi.log_slopes.add_(0.37)  # slopes of one's own
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert len(models.probe(model)["ids"]) == 72 and gpt2.longest(model.config) is None
+
+
+# ---------------------------------------------------------------- recovery
+
+
+SETTINGS = {"steps": 6, "batch_tokens": 512, "learning_rate": 1e-2, "autocast": "none", "evaluate_every": 3}
+
+
+def test_a_recovery_ends_without_learned_positions(original):
+    model, blocks = made(original, slopes="learned", anneal=0.5), toy_blocks(original.config)
+    before = model.transformer.h[0].attn.alibi.log_slopes.detach().clone()
+    result = finetune(
+        model, blocks, blocks, rewrites=[from_record({"rewrite": "alibi", "slopes": "learned"})], train="lora",
+        **SETTINGS,
+    )  # fmt: skip
+    assert result.best_step == 6  # what came before was another model
+    assert "transformer.wpe.weight" not in model.state_dict() and gpt2.longest(model.config) is None
+    assert not torch.equal(model.transformer.h[0].attn.alibi.log_slopes, before)
+    assert logits(model, some_ids()).shape == (2, LONG, 97)
+    check_config("it", model.config)
+
+
+def test_the_last_evaluation_is_of_the_model_that_is_left(original):
+    model, blocks = made(original, slopes="geometric", anneal=1.0), toy_blocks(original.config)
+    rewrite = from_record({"rewrite": "alibi", "slopes": "geometric", "anneal": 1.0})
+    result = finetune(model, blocks, blocks, rewrites=[rewrite], train="full", **{**SETTINGS, "steps": 1})
+    nll = 0.0
+    for ids, mask in blocks.batches():
+        found = logits(model, ids, attention_mask=mask.long())[:, :-1].log_softmax(-1)
+        picked = -found.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        nll += float(picked[mask[:, 1:]].double().sum())
+    assert result.evaluations[-1].nll == pytest.approx(nll / int(blocks.mask[:, 1:].sum()), rel=1e-4)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_counts_of_gpt2_small():
+    config = GPT2Config()
+    rewrite = from_record({"rewrite": "alibi", "anneal": 0})
+    before, after = (parameters(models.build(item)) for item in (config, structure([rewrite], config)))
+    assert before == 124_439_808
+    assert before - after == 786_432 - 768 - 12 * 12  # wpe, 0.63 %; the first position's vector and the slopes stay
+    assert round(100 * 786_432 / before, 2) == 0.63
+
+
+def test_what_is_refused(original):
+    config = original.config
+    with pytest.raises(UserError, match=r"anneal is 1.5; allowed: 0 to 1"):
+        from_record({"rewrite": "alibi", "anneal": 1.5}).check(config)
+    with pytest.raises(UserError, match="alibi and efficient_attention"):
+        structure([from_record({"rewrite": "linformer"}), from_record({"rewrite": "alibi"})], config)
+    with pytest.raises(UserError, match="fall with distance"):
+        from_record({"rewrite": "alibi"}).fold(made(original, slopes="geometric", anneal=0))
+    broken = copy.deepcopy(made(original, slopes="geometric").config)
+    for entry, said in (({"slopes": "steep"}, "as slopes in alibi"), ({"first": 1}, "as first in alibi")):
+        changed = copy.deepcopy(broken)
+        changed.alibi = {**broken.alibi, **entry}
+        with pytest.raises(UserError, match=said):
+            check_config("it", changed)
+
+
+def test_beside_other_rewrites(original, alignment):
+    rewrites = [
+        from_record({"rewrite": "soft_shared", "n": 3, "rank": 2}).resolved(original.config),
+        from_record({"rewrite": "dropped_n", "layers": [5]}).resolved(original.config),
+        from_record({"rewrite": "alibi", "slopes": "fitted", "anneal": 0}),
+    ]
+    model = apply(rewrites, original, alignment, calibration=toy_blocks(original.config, rows=4))
+    assert model.config.n_layer == 5 and logits(model, some_ids()).isfinite().all()
+    slopes = fitted_slopes(original, toy_blocks(original.config, rows=4).batches(), [4])[4]
+    assert torch.allclose(gpt2.attention(model, 4).alibi.slopes(1.0), slopes.clamp_min(2e-7), rtol=1e-4, atol=1e-6)
+    assert dataclasses.asdict(rewrites[2]) == {"slopes": "fitted", "anneal": 0}
