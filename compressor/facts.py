@@ -151,6 +151,7 @@ def inspect(path: str) -> dict[str, Any]:
         "width": config.n_embd,
         "heads": config.n_head,
         "context": config.n_positions,
+        "longest": gpt2.longest(config),  # null: any number of tokens
         "vocabulary": config.vocab_size,
         "compression": getattr(config, "compression", None) or [],
         "ffn_groups": getattr(config, "ffn_groups", None) or [],

@@ -97,6 +97,8 @@ def model(body: dict[str, Any]) -> str:
             "cache_bytes",
         )
     ]
+    if body["longest"] is None:
+        lines.append("takes            any number of tokens; context is the length that it was trained at")
     for record in body["compression"]:
         settings = ", ".join(f"{key}={value}" for key, value in record.items() if key != "rewrite")
         lines.append(f"made by          {record.get('rewrite')}: {settings}")

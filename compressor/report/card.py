@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import GPT2Config
 
 from ..benchmark import Report
+from ..gpt2 import longest
 from ..metrics import MetricResult
 from ..modeling import GPT2CompressedConfig
 from ..rewrites import REWRITES
@@ -84,7 +85,7 @@ def card(step: str, made: Mapping[str, Any], config: GPT2Config, measured: Repor
         "## How to open it",
         _opening(config),
         "## Limits",
-        f"The context of {config.n_positions} tokens, the tokenizer, and what the training data of the original left "
+        f"{_context(config)}, the tokenizer, and what the training data of the original left "
         "in it, its biases too, are inherited. Figures hold for the text that they were taken on. Rewriting loses some "
         "of the original's quality; whether the rest is enough has to be measured on the task at hand.",
         "## How it was made",
@@ -248,6 +249,12 @@ def _placeless(measured: Report) -> tuple[str, str]:
     found = measured.rows[-1].find("perplexity")
     source = str(found.settings.get("source", "")) if found else ""
     return (source, bare(source)) if source else ("\0", "")
+
+
+def _context(config: GPT2Config) -> str:
+    if longest(config) is None:
+        return f"The length of {config.n_positions} tokens that it was trained at, beyond which it runs"
+    return f"The context of {config.n_positions} tokens"
 
 
 def _opening(config: GPT2Config) -> str:
