@@ -114,8 +114,8 @@ def perplexity(
     }
     error = standard_error(nll, context)
     return [
-        _result("perplexity", "per token", nll, len(nll), context, error, settings),
-        _result("word_perplexity", "per word", nll, words, context, error, settings),
+        perplexity_result("perplexity", "per token", nll, len(nll), context, error, settings),
+        perplexity_result("word_perplexity", "per word", nll, words, context, error, settings),
     ]
 
 
@@ -147,10 +147,10 @@ def _first_tokens(
     return sequences, words
 
 
-def _result(
+def perplexity_result(
     metric: str, unit: str, nll: Tensor, units: int, block: int, error: float | None, settings: dict[str, Any]
 ) -> MetricResult:
-    """exp(sum / units), with the standard error carried through the exponential."""
+    """exp(sum / units) of nll float64[scored], with the standard error carried through the exponential."""
     from .measures import Perplexity
 
     value = Perplexity().compute(predictions=nll.numpy(), units=units)["perplexity"]
