@@ -27,6 +27,7 @@ from .models import OpenModel
 COMPARED_UNDER = (
     "protocol",
     "context",
+    "trained",
     "stride",
     "max_tokens",
     "detokenised",

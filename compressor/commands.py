@@ -289,7 +289,7 @@ def _benchmark(command: Command) -> None:
     bench.add_argument("--out", required=True, metavar="DIR", type=_folder, help="where the report goes")
     chosen = bench.add_mutually_exclusive_group()
     chosen.add_argument(
-        "--metrics", metavar="A,B,C", help="default: perplexity,size; more: latency,imdb,rouge,generation"
+        "--metrics", metavar="A,B,C", help="default: perplexity,size; more: latency,extrapolation,imdb,rouge,generation"
     )
     chosen.add_argument("--suite", metavar="NAME", help="quick, full, or a .yaml file")
     bench.add_argument("--data", nargs="+", default=[], metavar="[METRIC=]D", help=_DATA)

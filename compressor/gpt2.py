@@ -123,6 +123,11 @@ def positions(model: PreTrainedModel) -> Tensor:
     return trunk(model).wpe.weight.detach()
 
 
+def position_parameters(model: PreTrainedModel) -> int:
+    """How many numbers tell positions apart before the first block."""
+    return sum(parameter.numel() for parameter in trunk(model).wpe.parameters())
+
+
 def feature_bank(model: PreTrainedModel) -> Any:
     """The feature banks of a compressed model's Tversky projections, by their keys."""
     return trunk(model).feature_bank

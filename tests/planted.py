@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from typing import Any
@@ -101,6 +102,37 @@ def generation(distinct: float, looping: float, texts: tuple[str, ...], loops: b
         task("distinct2", distinct, 0.03, protocol="8 prompts", details=written),
         task("looping", looping, 0, protocol="8 prompts", higher=False),
     ]
+
+
+def extrapolation(base: float, ratios: dict[int, float], *, takes: int | None = None, **changed: Any):
+    """Perplexity `base` at 256 tokens and so many times that at others, 10 % more in windows that do not overlap;
+    losses by position and greedy text to 256 and, where the model takes so many, to 512 tokens."""
+    shared = {
+        "trained": 256, "takes": takes, "stride_share": 0.5, "max_tokens": 4096, "tokens": 4096, "source": "wikitext",
+        "part": "test", "split": "test", "fingerprint": "ab" * 32, **changed,
+    }  # fmt: skip
+    found = []
+    for protocol, factor in (("sliding", 1.0), ("non-overlapping", 1.1)):
+        for length in sorted({256, *ratios}):
+            value, stride = factor * base * ratios.get(length, 1.0), length // (2 if protocol == "sliding" else 1)
+            settings = {"protocol": protocol, "context": length, "stride": stride, **shared}
+            spread = {"standard_error": value / 100, "ratio_error": 0.004, "method": "delta method"}
+            found.append(MetricResult("length_perplexity", value, "per token", False, 4095, spread, settings))
+    bins = [
+        {"first": first, "last": first + 127, "tokens": 512, "nll": 3.0 + first / 1024, "others": 3.0}
+        for first in range(1, max(found[-1].settings["context"], 256), 128)
+    ]
+    found[-1] = dataclasses.replace(found[-1], details=bins)
+    for length in (256, 512)[: 2 if takes is None else 1]:
+        settings = {
+            "protocol": "greedy", "context": length, "prompts": 4, "prompt_tokens": 128, "new_tokens": length - 128,
+            "seed": 0, **shared, "text_repetition": 0.02, "nll": 0.5, "cache_gap": 2e-6,
+        }  # fmt: skip
+        found.append(MetricResult("repetition", length / 1000, "share of runs of 4", False, 4, None, settings))
+    text = "and so on" if takes is None else f"(cannot: takes {takes} tokens)"
+    sample = {"prompt": "… the end", "decoding": "greedy, from token 257 on", "text": text, "seed": None}
+    found[-1] = dataclasses.replace(found[-1], details=[sample])
+    return found
 
 
 def row(name: str, results: list[MetricResult], *gaps: Gap, weights: str = "") -> Row:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..gpt2 import position_parameters
 from ..models import OpenModel, weight_files
 from .base import MetricResult, Progress
 from .cache import cache_bytes
@@ -96,6 +97,7 @@ def measure(
                 "protocol": "unique storages",
                 "embeddings": embedding_parameters(model),
                 "embedding_share": embedding_share(model),
+                "positions": position_parameters(model),
                 "non_zero": non_zero(model),
             },
         ),

@@ -21,7 +21,7 @@ from ..gpt2 import longest
 from ..metrics import MetricResult
 from ..modeling import GPT2CompressedConfig
 from ..rewrites import REWRITES
-from . import tables, tasks, tversky
+from . import extrapolation, tables, tasks, tversky
 from .figures import Gaps, family, scaled, title
 from .layout import Table, code, escaped, markdown
 
@@ -237,7 +237,8 @@ def _figures(measured: Report) -> Iterator[str]:
     yield markdown(tables.overview(measured, gaps))
     for table in tables.perplexities(measured, gaps)[:1]:
         yield escaped(f"{table.title}: {table.note[:1].lower()}{table.note[1:]}".replace(*_placeless(measured)))
-    for table in (tasks.table(measured, task, everything=True) for task in tasks.tasks(measured, gaps)):
+    of_tasks = (tasks.table(measured, task, everything=True) for task in tasks.tasks(measured, gaps))
+    for table in (*extrapolation.tables(measured, gaps), *of_tasks):
         yield f"### {escaped(table.title)}"
         yield markdown(table)
     for reason in gaps.reasons:

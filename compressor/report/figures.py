@@ -18,11 +18,12 @@ GIVES: dict[str, tuple[str, ...]] = {
     "size": ("parameters", "bytes", "flops_per_token", "cache_bytes"),
     "perplexity": ("perplexity", "word_perplexity"),
     "latency": ("prefill_latency", "decode_latency"),
+    "extrapolation": ("length_perplexity", "repetition"),
     "imdb": ("imdb_accuracy",),
     "rouge": ("rouge1", "rouge2", "rougeL"),
     "generation": ("distinct1", "distinct2", "looping"),
 }
-TASKLESS = ("size", "perplexity", "latency")  # these have tables of their own
+TASKLESS = ("size", "perplexity", "latency", "extrapolation")  # these have tables of their own
 TITLES = {
     "imdb": "IMDb",
     "rouge": "Summaries",

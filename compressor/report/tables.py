@@ -56,6 +56,7 @@ def sizes(report: Report, gaps: Gaps) -> Table | None:
         "ratio": column("parameters", lambda row, item: _ratio(report, row, item)),
         "non-zero": column("parameters", _non_zero),
         "embeddings": column("parameters", lambda row, item: f"{item.settings['embedding_share']:.1%}"),
+        **_positions(report),
         "bytes": column("bytes", lambda row, item: f"{item.value:,}"),
         "bytes ratio": column("bytes", lambda row, item: _ratio(report, row, item)),
         "FLOPs/token": column("flops_per_token", lambda row, item: f"{item.value:,}"),
@@ -69,6 +70,15 @@ def sizes(report: Report, gaps: Gaps) -> Table | None:
         lengths = " or ".join(f"{context:,}" for context in sorted(contexts))
         note += f" Cache: the most that generation keeps for one sequence of {lengths} tokens."
     return layout.make(columns, "Size", note)
+
+
+def _positions(report: Report) -> dict[str, list[str]]:
+    """The parameters of positions and their share of all, where models differ in them."""
+    found = [row.find("parameters") for row in report.rows]
+    held = [(item.settings.get("positions"), item.value) if item else (None, 1) for item in found]
+    if len({count for count, _ in held if count is not None}) < 2:
+        return {}
+    return {"positions": [MISSING if count is None else f"{count:,} ({count / of:.2%})" for count, of in held]}
 
 
 def _non_zero(row: Row, item: MetricResult) -> str:

@@ -222,7 +222,10 @@ def prompts(report: Report) -> list[Prompt]:
     found: dict[tuple[str, str, str], list[Sample]] = {}
     seeds: dict[tuple[str, str, str], Any] = {}
     for row in report.rows:
-        for record in _records(row, "generation", "prompt", "text"):
+        for record in (
+            *_records(row, "generation", "prompt", "text"),
+            *_records(row, "extrapolation", "prompt", "text"),
+        ):
             key = (record["prompt"], str(record.get("decoding", "")), str(record.get("seed", "")))
             seeds[key] = record.get("seed")
             sample = Sample(row.name, record["text"], bool(record.get("loops")))

@@ -4,6 +4,7 @@ recipes (Study), counts of structures (CountStudy), or measurements with setting
 from .attention import ATTENTION
 from .code_n_all import CODE_N_ALL
 from .counts import CountStudy, run_counts
+from .extrapolation import EXTRAPOLATION
 from .measured import MeasuredStudy, run_measured
 from .soft_shared import SOFT_SHARED
 from .study import Member, Study, run_study
@@ -14,6 +15,7 @@ STUDIES: dict[str, Study | CountStudy | MeasuredStudy] = {
     SOFT_SHARED.name: SOFT_SHARED,
     TVERSKY_SCALING.name: TVERSKY_SCALING,
     ATTENTION.name: ATTENTION,
+    EXTRAPOLATION.name: EXTRAPOLATION,
 }
 
 __all__ = ["STUDIES", "CountStudy", "MeasuredStudy", "Member", "Study", "run_counts", "run_measured", "run_study"]
