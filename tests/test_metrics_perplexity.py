@@ -8,12 +8,15 @@ import re
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
+from toy import toy_alignment, toy_blocks
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from compressor.data import Text
 from compressor.errors import UserError
 from compressor.metrics.perplexity import perplexity
 from compressor.metrics.wikitext import articles, detokenise
+from compressor.rewrites import from_record
+from compressor.rewrites.compose import apply
 
 END = 256
 WIKI = (
@@ -101,6 +104,19 @@ def test_uniform_logits_give_the_size_of_the_vocabulary(tokenizer):
         assert token.value == pytest.approx(257, rel=1e-6)
         assert word.value == pytest.approx(257 ** (token.count / 8), rel=1e-5)
         assert token.spread is None or token.spread["standard_error"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_model_without_learned_positions_takes_longer_contexts(model, tokenizer):
+    rewrite = from_record({"rewrite": "alibi", "slopes": "geometric", "anneal": 0.0})
+    alibi = apply([rewrite], model, toy_alignment(model), calibration=toy_blocks(model.config))
+    text = make_text("The first of the documents is longer than the model has positions.")
+    ids = tokenizer.encode(text.joined)
+    for context, stride in ((40, 20), (500, 250)):
+        token, _ = perplexity(alibi, tokenizer, text, context=context, stride=stride)
+        wanted = strided_sum(alibi, ids, context, stride) / (len(ids) - 1)
+        assert math.log(token.value) == pytest.approx(wanted, rel=1e-6)
+        with pytest.raises(UserError, match=f"context={context} is not allowed; allowed: whole numbers from 1 to 16"):
+            perplexity(model, tokenizer, text, context=context, stride=stride)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(None, None), (16, 5), (8, None), (12, 1)])

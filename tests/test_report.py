@@ -43,8 +43,8 @@ def test_everything_that_is_written_is_on_the_list_and_pictures_lie_beside_the_p
     full = planted.study()
     few = Report(full.rows[:4] + full.rows[-1:], full.origin, full.metrics, full.references)
     other = planted.task("readability", 0.4, protocol="whole text")
-    longer = planted.latency(200, 12, prompt=512)
-    rows = tuple(planted.row(row.name, [*row.results, other, *longer], *row.gaps) for row in few.rows)
+    more = [other, *planted.latency(200, 12, prompt=512), *planted.extrapolation(20, {512: 1.1})]
+    rows = tuple(planted.row(row.name, [*row.results, *more], *row.gaps) for row in few.rows)
     write(
         tmp_path,
         Report(rows, few.origin, few.metrics, few.references),
