@@ -299,7 +299,12 @@ def _benchmark(command: Command) -> None:
         help="rows to compare with: pruned (the original, to as many parameters), dropped (without as many blocks), "
         "which are made in the run folder and recovered as the run was, or a MODEL such as distilgpt2",
     )
-    bench.add_argument("--max-tokens", type=_tokens, metavar="N", help="score the first N tokens only (default: all)")
+    bench.add_argument(
+        "--max-tokens",
+        type=_tokens,
+        metavar="N",
+        help="score the first N tokens only (default: all; of extrapolation 16384)",
+    )
     _columns(bench)
 
 

@@ -62,7 +62,9 @@ SHARED = GPT2CompressedConfig(n_positions=1024)
 
 
 def figures(name: str, weights: str, score: float, *gaps: Gap):
-    own = [*size(110_529_792), *perplexity(score, source="/elsewhere/anna/secret/texts.txt", split="test")]
+    secret = "/elsewhere/anna/secret/texts.txt"
+    own = [*size(110_529_792), *perplexity(score, source=secret, split="test")]
+    own += planted.extrapolation(score, {512: 1.1}, source=secret)
     return row(name, [*own, *latency(10, 1), *imdb(0.8), *rouge(0.2)], *gaps, weights=weights)
 
 
@@ -143,6 +145,7 @@ def test_the_figures_of_a_benchmark():
     lines = table(text)
     assert [line[0] for line in lines[2:5]] == ["original", "control", "this model"]
     assert "27.50" in lines[4] and "1.100" in lines[4]
+    assert "### Perplexity by length" in text and "30.25 (1.100 ± 0.004)" in text
     assert "### IMDb, probe" in text and "### Summaries, greedy" in text and "could not be measured" in text
     assert measured_rows(measured(), base="9", own=OWN, control=None) is None
     assert measured_rows(measured(), base=BASE, own="9", control=None) is None

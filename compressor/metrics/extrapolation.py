@@ -41,7 +41,7 @@ def measure(
     multiples: Sequence[float] = MULTIPLES,
     context: int | None = None,
     stride: float = 0.5,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = MAX_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
     prompts: int = PROMPTS,
     top_k: int = TOP_K,
@@ -54,7 +54,7 @@ def measure(
     Its spread holds the paired error of the ratio to the perplexity at the trained context, as the tokens are the
     same. A length that the model cannot take has no figure; `takes` in the settings of the others says why. The
     details of the longest window that does not overlap hold the loss by position in it, beside that of the same tokens
-    in sliding windows of the trained context. max_tokens: of the text.
+    in sliding windows of the trained context. max_tokens: of the text, None for all.
 
     Raises UserError for a text that does not fill the longest window, and for a model that takes none of the lengths.
     """
@@ -64,10 +64,11 @@ def measure(
     if not isinstance(stride, int | float) or isinstance(stride, bool) or not 0 < stride < 1:
         raise UserError(f"stride={stride!r} is not allowed; allowed: a share of the context, above 0 and below 1")
     for name, value, least in (
-        ("max_tokens", max_tokens, 2), ("batch_tokens", batch_tokens, 1), ("prompts", prompts, 0), ("top_k", top_k, 1),
-        ("seed", seed, 0),
+        ("batch_tokens", batch_tokens, 1), ("prompts", prompts, 0), ("top_k", top_k, 1), ("seed", seed, 0),
     ):  # fmt: skip
         whole(name, value, least)
+    if max_tokens is not None:
+        whole("max_tokens", max_tokens, 2)
     ids = torch.tensor(text_ids(tokenizer, model.config.vocab_size, data.joined)[:max_tokens], dtype=torch.int64)
     needed = max(lengths[-1] + 1, 2 * trained)
     if len(ids) < needed:
