@@ -1,8 +1,8 @@
 """alibi with each kind of slopes beside the original: perplexity and text below, at and beyond the trained context.
 
 The original cannot run beyond its learned positions; what a model without them is worth there is measured against the
-same model at the trained context, and that against the control. The comparison of cleanGPT (systems.md, chapter 4) in
-parameters, memory and speed is in the same report.
+same model at the trained context, and that against the control. What ckerce/cleanGPT compares is in the same report:
+parameters, memory and speed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from .study import Member, Study
 
 TRAINING: dict[str, Any] = {
-    "train": "lora", "steps": 500, "batch_tokens": 4096, "learning_rate": 3e-3, "lora_rank": 64, "lora_alpha": 64,
+    "train": "lora", "steps": 200, "batch_tokens": 4096, "learning_rate": 3e-3, "lora_rank": 64, "lora_alpha": 64,
     "distill": True, "selection_tokens": 8192,
 }  # fmt: skip
 
