@@ -145,9 +145,10 @@ def ffn_weights(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor, Ten
 
 
 def embed(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Token plus position embeddings: float[batch, context, d] from int64[batch, context]."""
+    """Token plus position embeddings from int64[batch, context]: float[batch, context, d], or of two streams [2, batch,
+    context, d]."""
     base = trunk(model)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return base.drop(base.wte(input_ids) + base.wpe(positions))
 
 

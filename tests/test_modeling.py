@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from compressor import modeling
+from compressor import gpt2, modeling
 from compressor.modeling import GPT2CompressedConfig, GPT2CompressedLMHeadModel, register
 
 register()
@@ -128,3 +128,16 @@ def test_training_under_autocast():
     assert all(p.grad is not None for p in model.parameters())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(model(IDS).logits).all()
+
+
+@torch.no_grad()
+def test_blocks_one_by_one_take_both_streams():
+    """Of a batch of any size; what wpe adds is no part of xt."""
+    entry = {"stage": "kron", "layers": [1, 2], "value_norm": True, "bias": True}
+    model = GPT2CompressedLMHeadModel(_config(token_factored=entry)).eval()
+    for rows in (1, 2, 3):
+        ids = torch.arange(12 * rows).reshape(rows, 12)
+        hidden = gpt2.embed(model, ids)
+        assert torch.equal(hidden[1], model.transformer.wte(ids)) and not torch.equal(hidden[0], hidden[1])
+        final = gpt2.final_norm(model, gpt2.run_blocks(model, hidden, 0, 4))
+        assert (gpt2.logits(model, final) - model(ids).logits).abs().max() <= 1e-6
