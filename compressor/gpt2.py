@@ -77,6 +77,24 @@ def queries_keys_values(model: PreTrainedModel, layer: int, x: Tensor) -> list[T
     return [part.unflatten(-1, (own.num_heads, own.head_dim)).transpose(1, 2) for part in parts]
 
 
+def values_of(model: PreTrainedModel, layer: int, x: Tensor) -> Tensor:
+    """What a plain GPT-2's attention mixes over tokens, for x float[..., d] that enters the block: the same shape, head
+    by head side by side."""
+    weight, bias = linear(model, layer, "attn.v")
+    return blocks(model)[layer].ln_1(x) @ weight + bias
+
+
+def value_norm(model: PreTrainedModel, layer: int) -> Any:
+    """The LayerNorm in front of values that read another stream than queries and keys; nn.Identity where none is."""
+    return blocks(model)[layer].ln_v
+
+
+def output_map(model: PreTrainedModel, layer: int) -> Any:
+    """What takes the heads' mixed values to attention's output: a linear, or what stands in its place."""
+    own = attention(model, layer)
+    return own.c_proj if getattr(own, "out_map", None) is None else own.out_map
+
+
 def linear_key(layer: int, leaf: str, name: str) -> str:
     """The state-dict key of a tensor ("weight" or "bias") of a linear, queries, keys and values as parts of c_attn."""
     path = {"attn.o": "attn.c_proj"}.get(leaf, leaf.replace("attn.", "attn.c_attn."))
@@ -228,6 +246,12 @@ def ffn_norm(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
     return norm.weight.detach(), norm.bias.detach()
 
 
+def attention_norm(model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
+    """Gain [d] and bias [d] of the LayerNorm in front of attention."""
+    norm = blocks(model)[layer].ln_1
+    return norm.weight.detach(), norm.bias.detach()
+
+
 def reset_ffn_norm(model: PreTrainedModel, layer: int) -> None:
     """Make the LayerNorm in front of an FFN a pure normalisation (its gain and bias were folded elsewhere)."""
     norm = blocks(model)[layer].ln_2
@@ -261,9 +285,10 @@ def for_layer(name: str, tensor: Tensor, target: str, config: GPT2Config) -> Ten
     """`tensor` of the state-dict key `name`, so that it acts the same as `target` in another layer.
 
     Matters only with scale_attn_by_inverse_layer_idx, where layer l divides its attention scores by l + 1: the queries
-    (the first third of c_attn) take up the difference.
+    (what c_attn and c_qk begin with) take up the difference.
     """
-    if not config.scale_attn_by_inverse_layer_idx or ".attn.c_attn." not in name:
+    begins = any(part in name for part in (".attn.c_attn.", ".attn.c_qk."))
+    if not config.scale_attn_by_inverse_layer_idx or not begins:
         return tensor
     source, destination = (int(_LAYER.match(key)[1]) for key in (name, target))  # type: ignore[index]
     if source == destination:

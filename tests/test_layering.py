@@ -173,6 +173,8 @@ SPELLED = {
     "rewrites.efficient": {"attn"},  # a site is GPT-2's own path
     "rewrites.merged_n": {"c_fc", "c_proj"},  # both linears in turn
     "rewrites.soft_shared": {"c_fc", "c_proj"},
+    "rewrites.token_factored": {"attn"},  # sites and a block's tensors are GPT-2's own paths
+    "rewrites.token_factored_fit": {"attn"},
     "rewrites.tversky": {"c_fc", "lm_head", "h"},  # a recipe's words for what projections stand for
     "rewrites.tversky_fit": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "lm_head"},  # those words and the leaves
     "tversky_gpt": {"c_fc", "lm_head"},  # a recipe's words for what projections stand for

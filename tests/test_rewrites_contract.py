@@ -37,6 +37,7 @@ _ALL = ["q", "k", "v", "attn_out", "c_fc", "mlp_out", "lm_head"]
 HEADS = 4
 _ALIBI = -64 * D + D + LAYERS * HEADS  # positions but for the first one's; slopes
 _WIDTH = D // HEADS
+_MIXING = HEADS * HEADS
 _RATIO = {"form": "ratio", "non_negative": True, "scale": True}
 _MIN = {"intersection": "min", "difference": "subtractmatch", "init": "lsq", "scale": True}
 
@@ -127,6 +128,14 @@ EXAMPLES = {
     "alibi": [  # with learned positions fading out it is the original until a recovery begins: tests/test_alibi.py
         ({"slopes": "geometric", "anneal": 0}, _ALIBI),
         ({"slopes": "learned", "anneal": 0}, _ALIBI),
+    ],
+    "token_factored": [
+        ({"stage": "v_from_xt"}, LAYERS * 2 * D),
+        ({"stage": "kron_v", "layers": [1, 4]}, 2 * (2 * D + _MIXING - D * D - D)),
+        ({"stage": "kron_o", "bias": False, "distill_steps": 2}, LAYERS * (2 * D + _MIXING - D * D - D)),
+        ({"stage": "kron"}, LAYERS * (2 * D + 2 * _MIXING - 2 * D * D - D)),
+        ({"stage": "kron", "value_norm": False, "bias": False}, LAYERS * (2 * _MIXING - 2 * D * D - 2 * D)),
+        ({"stage": "identity"}, LAYERS * (2 * D - 2 * D * D - 2 * D)),
     ],
 }
 CASES = [
@@ -263,7 +272,9 @@ class TestEveryExample:
             folded = rewrite.fold(model)
         except UserError as why:
             assert "\n" not in str(why)
-            if name == "tversky":
+            if name == "token_factored":
+                assert f"values of token_factored ({record['stage']}) read a stream of their own" in str(why)
+            elif name == "tversky":
                 assert "is not linear" in str(why) and record.get("init") in ("lsq", "random")
             elif name == "alibi":
                 assert "fall with distance" in str(why)

@@ -9,6 +9,7 @@ from transformers import GPT2Config, PreTrainedModel
 
 from ..gpt2 import d_ff
 from ..modeling.performer import PAIRED
+from ..modeling.streams import STAGES
 from ..modeling.tversky_layers import tversky_places
 
 
@@ -27,6 +28,8 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
     prototype and feature (difference, size, sum), softmin 8 for each sign (5 for what goes beyond the minimum). What
     depends on prototypes and features alone is made once and kept. Sharing a bank saves none of it.
 
+    Values and outputs of streams that only mix heads take 2 n_head d in the place of 2 d^2; none is nothing.
+
     Attention in blocks: see `_attention`.
     """
     config = model if isinstance(model, GPT2Config) else cast(GPT2Config, model.config)
@@ -40,7 +43,17 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
     deltas = sum(
         len(group["layers"]) * 4 * group["rank"] * (d + ff) for group in getattr(config, "ffn_groups", None) or []
     )
-    return config.n_layer * layer + scores + deltas + 2 * d * config.vocab_size + _tversky_flops(config)
+    rest = deltas + 2 * d * config.vocab_size + _tversky_flops(config) + _stream_flops(config)
+    return config.n_layer * layer + scores + rest
+
+
+def _stream_flops(config: GPT2Config) -> int:
+    """What values and outputs of other kinds than linears take, less what linears would."""
+    d, entry = config.n_embd, getattr(config, "token_factored", None)
+    if not entry:
+        return 0
+    takes = {"kron": 2 * config.n_head * d, "identity": 0}
+    return len(entry["layers"]) * sum(takes[kind] - 2 * d * d for kind in STAGES[entry["stage"]] if kind in takes)
 
 
 def _tversky_flops(config: GPT2Config) -> int:

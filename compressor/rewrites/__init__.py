@@ -15,6 +15,7 @@ from .nystromformer import Nystromformer
 from .performer import Performer
 from .pruned import Pruned
 from .soft_shared import SoftShared
+from .token_factored import TokenFactored
 from .tversky import Tversky
 
 REWRITES: dict[str, type[Rewrite]] = {
@@ -28,6 +29,7 @@ REWRITES: dict[str, type[Rewrite]] = {
     "nystromformer": Nystromformer,
     "performer": Performer,
     "alibi": Alibi,
+    "token_factored": TokenFactored,
 }
 
 

@@ -49,7 +49,7 @@ def structure(rewrites: Sequence[Rewrite], base: GPT2Config) -> GPT2Config:
         group["layers"] = [layers[layer] for layer in group["layers"]]
     for field in ("token_factored", "shaped_attention"):
         if entry := fields.get(field):
-            entry["layers"] = [layers[layer] for layer in entry["layers"]]
+            entry["layers"] = [layers[layer] for layer in entry["layers"] if layer in layers]
     for entry in fields.get("tversky") or []:
         entry["groups"] = [[layers[layer] for layer in group] for group in entry["groups"]]
     result = type(config)(**fields)

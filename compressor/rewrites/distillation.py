@@ -1,35 +1,38 @@
 """Distillation layer by layer: what is new in a layer learns to give what the original gave there for the same input.
 
-The inputs come from the original as it runs over the calibration text, batch by batch; none is stored.
+Where the inputs come from is the caller's: the original as it runs over the calibration text, batch by batch, or
+states that are held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .base import FitContext
 
 Loss = Callable[[Tensor], None]
+Given = TypeVar("Given")
 
 
 def distill(
     parameters: Sequence[nn.Parameter],
-    context: FitContext,
-    take: Callable[[tuple[Tensor, Tensor], Loss], None],
+    batches: Callable[[], Iterable[Given]],
+    take: Callable[[Given, Loss], None],
     *,
     steps: int,
     learning_rate: float,
     name: str,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> list[float]:
     """`steps` steps of Adam, the learning rate falling to 0; returns the mean loss of each step.
 
-    take: given a batch of calibration text, calls what it is given besides with the loss of every layer: gradients of
-    shared parameters add up. What ends further from the original than it began, on the first batch, is put back.
+    take: given a batch, calls what it is given besides with the loss of every layer: gradients of shared parameters add
+    up. What ends further from the original than it began, on the first batch, is put back.
     requires_grad is as before when it ends. Raises UserError, which names `name`, for gradients that are not finite.
     """
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
@@ -45,7 +48,7 @@ def distill(
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        for step, batch in zip(range(steps), cycle(context.batches()), strict=False):
+        for step, batch in zip(range(steps), cycle(batches()), strict=False):
             of_step: list[float] = []
             optimizer.zero_grad(set_to_none=True)
             take(batch, learn)
@@ -57,12 +60,12 @@ def distill(
             optimizer.step()
             schedule.step()
             losses.append(sum(of_step) / len(of_step))
-            context.progress(f"distillation, step {step + 1} of {steps}: {losses[-1]:.3g}")
+            progress(f"distillation, step {step + 1} of {steps}: {losses[-1]:.3g}")
         of_step = []
-        take(next(iter(context.batches())), lambda loss: of_step.append(float(loss.detach())))
+        take(next(iter(batches())), lambda loss: of_step.append(float(loss.detach())))
         end = sum(of_step) / len(of_step)
         if not end <= losses[0]:
-            context.progress(f"distillation: {losses[0]:.3g} has become {end:.3g}, all is put back")
+            progress(f"distillation: {losses[0]:.3g} has become {end:.3g}, all is put back")
             with torch.no_grad():
                 for parameter, start in zip(parameters, began, strict=True):
                     parameter.copy_(start)

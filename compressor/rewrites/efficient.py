@@ -79,11 +79,12 @@ class EfficientAttention(Rewrite):
         if self.distill_steps and parameters:
             distill(
                 parameters,
-                context,
+                context.batches,
                 lambda batch, learn: self._towards(model, context, places, batch, learn),
                 steps=self.distill_steps,
                 learning_rate=self.distill_learning_rate,
                 name=self.name,
+                progress=context.progress,
             )
 
     def begin(self, model: GPT2LMHeadModel, context: FitContext, places: dict[int, int]) -> None:

@@ -32,9 +32,10 @@ def distill(fit: Fit) -> list[float]:
 
     return distillation.distill(
         fit.rewrite.trainable(fit.model),
-        fit.context,
+        fit.context.batches,
         take,
         steps=fit.rewrite.distill_steps,
         learning_rate=fit.rewrite.distill_learning_rate,
         name=fit.rewrite.name,
+        progress=fit.context.progress,
     )
