@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROUNDS = 20  # of the alternation; the error falls monotonically and has settled before
+_ROUNDS = 100  # of the alternation at most
+_SETTLED = 1e-4  # what the numbers of a head's values, of norm 1, still move by
 _NOTHING = 1e-12  # of the largest eigenvalue
 
 
@@ -51,16 +52,15 @@ def values(value: Tensor, output: Tensor, covariance: Tensor, heads: int) -> tup
     blocks = covariance.unflatten(1, (heads, -1)).unflatten(0, (heads, -1))  # [a, width, b, width]
     weighed = (covariance @ value @ output).unflatten(0, (heads, -1))
     _, vectors = torch.linalg.eigh(torch.einsum("awd,bwd->ab", whole, whole))
-    v = vectors[:, -1]
+    v, before = vectors[:, -1], torch.zeros_like(vectors[:, -1])
     for _ in range(_ROUNDS):
         own = torch.einsum("a,axby,b->xy", v, blocks, v)
         found = _solved(own, torch.einsum("a,awd->wd", v, weighed))
-        square = found @ found.T
-        v = _solved(torch.einsum("axby,xy->ab", blocks, square), torch.einsum("awd,wd->a", weighed, found)[:, None])[
-            :, 0
-        ]
+        if (v - before).norm() <= _SETTLED:
+            break
+        square, wanted = found @ found.T, torch.einsum("awd,wd->a", weighed, found)
+        before, v = v, _solved(torch.einsum("axby,xy->ab", blocks, square), wanted)
         v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-    found = _solved(torch.einsum("a,axby,b->xy", v, blocks, v), torch.einsum("a,awd->wd", v, weighed))
     scale = _as_large(found, output)
     return v / scale, found * scale
 
