@@ -4,6 +4,9 @@ What a head adds is its weights times n V O: V [d, width] and O [width, d] count
 M^-1 O) is the same head for every invertible M. The basis of a head's own space is arbitrary, so projecting V and O one
 by one finds nothing; here the product is projected, which is the best over every M at once. The error is that of n V O,
 under the covariance of n; [a, b] is the block of a matrix's rows of head a and columns of head b.
+
+On the demo, before distillation, kron_v and kron_o have perplexities of 76 and 147; where V and O are projected one by
+one it is 500 and 346 after the best rotation M, 986 and 996 without any. kron is lost either way (977, 919, 1007).
 """
 
 from __future__ import annotations

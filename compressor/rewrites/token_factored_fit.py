@@ -3,6 +3,10 @@
 Everything is fitted in a model that has two streams and nothing else new, so that other rewrites of a recipe neither
 change nor wait for it. Of the text only sums are kept, and the hidden states in front of one layer, the original's and
 the new model's.
+
+On the demo (perplexity 2.28, 16,384 tokens of text): v_from_xt gives 9.4 so, and 25 where xt is the original's, whose
+errors pile up. 40 steps of distillation: 4.2 where attention is trained, 7.5 where the whole block is, which fits the
+few tokens; kron 298 and 682.
 """
 
 from __future__ import annotations

@@ -1,0 +1,152 @@
+"""What two residual streams cost in perplexity, stage by stage: right after the rewrite, distilled, recovered.
+
+    python -m benchmarks.token_factored_quality MODEL [--data D --test D] [--recover] [--teacher] [--out FILE.md]
+        [--state FILE.json]
+
+Every layer gets the stage. Distilled: --distill steps of each layer's attention towards the original's hidden states
+after its block, on calibration text. Recovered: after that adapters on every linear, and what is no linear, the same
+steps on the same batches in the same order with the same seed for all, the control among them; --teacher: towards the
+original's logits in the place of next tokens. The best state by selection text is kept. Calibration, selection,
+training and test text are disjoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tqdm import tqdm
+from transformers import GPT2LMHeadModel
+
+from compressor import alignment, data, models
+from compressor.finetune import finetune
+from compressor.metrics.flops import flops_per_token
+from compressor.metrics.perplexity import perplexity
+from compressor.metrics.size import parameters
+from compressor.modeling.streams import STAGES
+from compressor.rewrites import from_record
+from compressor.rewrites.compose import apply
+
+CONTROL = "control"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", default="demo", help="calibration, selection and training text")
+    parser.add_argument("--test", help="default: the test part of --data")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--distill", type=int, default=50, help="steps; 0: none")
+    parser.add_argument("--recover", action="store_true")
+    parser.add_argument("--teacher", action="store_true", help="recover towards the original's logits")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--context", type=int, help="in training and in the test, without overlap; default: all")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--test-tokens", type=int, default=65536)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    opened = models.open_model(options.model)
+    config = opened.model.config
+    context = options.context or config.n_positions
+    sources: Any = {part: options.data for part in ("calibration", "selection", "training")}
+    sources["test"] = options.test or options.data
+    texts = {part: data.recipe_text(sources, part) for part in sources}
+
+    def blocks(part: str, tokens: int) -> data.TokenBlocks:
+        return data.token_blocks(
+            texts[part], opened.tokenizer, context=context, max_tokens=tokens, seed=options.seed, evenly=True
+        )
+
+    calibration, selection = blocks("calibration", options.calibration_tokens), blocks("selection", 8192)
+    training = blocks("training", options.steps * options.batch_tokens)
+    unaligned = alignment.identity(config)
+    done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+    about = [context, options.test_tokens, options.calibration_tokens, options.seed]
+    recipe = [options.steps, options.batch_tokens, options.learning_rate, options.teacher]
+
+    def kept(what: list[Any], make: Any) -> Any:
+        key = json.dumps([*what, *about])
+        if key not in done:
+            done[key] = make()
+            if options.state:
+                options.state.write_text(json.dumps(done))
+        return done[key]
+
+    def test(model: GPT2LMHeadModel) -> float:
+        return perplexity(
+            model, opened.tokenizer, texts["test"], context=context, stride=context, max_tokens=options.test_tokens
+        )[0].value
+
+    def made(stage: str, steps: int) -> tuple[GPT2LMHeadModel, list[Any]]:
+        model = models.open_model(options.model).model
+        if stage == CONTROL:
+            return model, []
+        rewrite = from_record({"rewrite": "token_factored", "stage": stage, "distill_steps": steps}).resolved(config)
+        return apply([rewrite], model, unaligned, calibration=calibration), [rewrite]
+
+    def before(stage: str) -> dict[str, Any]:
+        model, _ = made(stage, 0)
+        return {"value": test(model), "parameters": parameters(model), "flops": flops_per_token(model.config, context)}
+
+    def recovered(stage: str, steps: int) -> dict[str, Any]:
+        model, rewrites = made(stage, steps)
+        result = finetune(
+            model, training, selection, rewrites=rewrites, train="lora", steps=options.steps,
+            batch_tokens=options.batch_tokens, learning_rate=options.learning_rate, seed=options.seed, rank=64,
+            alpha=64.0, teacher=models.open_model(options.model).model if options.teacher else None,
+        )  # fmt: skip
+        return {"value": test(model), "best": result.best_step}
+
+    lines = []
+    for stage in tqdm([CONTROL, *options.stages], desc="rows"):
+        steps = 0 if stage in (CONTROL, "exact") else options.distill
+        line = [kept([stage], lambda stage=stage: before(stage)), None, None]
+        if steps:
+            line[1] = kept([stage, steps], lambda stage=stage, steps=steps: test(made(stage, steps)[0]))
+        if options.recover:
+            line[2] = kept([stage, steps, recipe], lambda stage=stage, steps=steps: recovered(stage, steps))
+        tqdm.write(f"{stage}: {line}", file=sys.stderr)
+        lines.append((stage, *line))
+    text = table(lines, options, context)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+def table(lines: list[Any], options: argparse.Namespace, context: int) -> str:
+    told = [f"--data {Path(options.data).name}"] + ([f"--test {Path(options.test).name}"] if options.test else [])
+    told += [flag for flag, given in (("--recover", options.recover), ("--teacher", options.teacher)) if given]
+    told += [f"--distill {options.distill}", f"--test-tokens {options.test_tokens}"]
+    original, control = lines[0][1], lines[0][3]
+    text = [
+        f"{Path(options.model).name}; test: the first {options.test_tokens:,} tokens, context {context} without "
+        f"overlap; distilled: {options.distill} steps a layer on {options.calibration_tokens:,} tokens; recovery: "
+        f"{options.steps} steps of {options.batch_tokens:,} tokens.",
+        "",
+        f"`python -m benchmarks.token_factored_quality {Path(options.model).name} {' '.join(told)}`",
+        "",
+        "| stage | more parameters | operations a token | before | distilled | recovered | to the control |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for stage, found, distilled, recovered in lines:
+        after = f"{recovered['value']:.2f}" if recovered else "-"
+        ratio = f"{recovered['value'] / control['value']:.3f}" if recovered else "-"
+        text.append(
+            f"| {stage} | {found['parameters'] - original['parameters']:,} | {found['flops'] / original['flops']:.3f} "
+            f"| {found['value']:.2f} | {'-' if distilled is None else f'{distilled:.2f}'} "
+            f"| {after} | {ratio} |"
+        )
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    main()
