@@ -374,17 +374,23 @@ def test_exact_beside_a_removed_layer(original, text):
 @torch.no_grad()
 @pytest.mark.parametrize("stage", STAGES)
 def test_with_linear_biases_positions_are_no_tokens(original, text, stage):
-    """The structure of both; first's vector goes to xe alone."""
-    entry = {"slopes": "geometric", "learned_positions": False, "first": True}
-    config = structure([from_record({"rewrite": "token_factored", "stage": stage})], original.config)
-    config.alibi = entry
-    torch.manual_seed(0)
-    model = type(made(original, text, stage=stage))(config).eval()
-    model.transformer.wpe.first.normal_()
+    """Before a recovery the two together are what the stage alone is; what positions fade to stands in both streams
+    only where wte takes it up, so that nothing moves when they are taken away."""
+    records = [{"rewrite": "token_factored", "stage": stage}, {"rewrite": "alibi", "slopes": "geometric"}]
+    rewrites = [from_record(record).resolved(original.config) for record in records]
+    model = apply(rewrites, original, alignment.identity(original.config), calibration=text)
     ids = text.ids[:3]
+    assert (model(ids).logits - made(original, text, stage=stage)(ids).logits).abs().max() < 1e-5
+    rewrites[1].on_step(model, 1.0)
+    before, streams = model(ids).logits.log_softmax(-1), gpt2.embed(model, ids)
+    rewrites[1].finish(model)
+    assert (model(ids).logits.log_softmax(-1) - before).abs().max() < 1e-4
     hidden = gpt2.embed(model, ids)
+    assert (hidden - streams).abs().max() < 1e-6
     assert torch.equal(hidden[1], model.transformer.wte(ids))
-    assert (hidden[0] - hidden[1])[:, 1:].abs().max() == 0 < (hidden[0] - hidden[1])[:, 0].abs().min()
+    first = model.transformer.wpe.first
+    assert (hidden[0] - hidden[1])[:, 1:].abs().max() == 0
+    assert ((hidden[0] - hidden[1])[:, 0] - first).abs().max() < 1e-6 < first.abs().max()
     long = ids.repeat(1, 3)  # beyond n_positions
     full, cache = model(long).logits, model(long[:, :100], use_cache=True).past_key_values
     assert (model(long[:, 100:], past_key_values=cache).logits - full[:, 100:]).abs().max() < 1e-4

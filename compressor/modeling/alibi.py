@@ -63,7 +63,11 @@ class AlibiPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         found = self._added(positions)
-        return to_context(found) if self.streams else found
+        if not self.streams:
+            return found
+        if self.share == 1 or not self.learned:
+            return to_context(found)
+        return torch.stack([found, ((1 - self.share) * self.mean).expand_as(found)])  # which becomes part of wte
 
     def _added(self, positions: Tensor) -> Tensor:
         if self.share == 1:
