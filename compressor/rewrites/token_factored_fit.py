@@ -4,9 +4,9 @@ Everything is fitted in a model that has two streams and nothing else new, so th
 change nor wait for it. Of the text only sums are kept, and the hidden states in front of one layer, the original's and
 the new model's.
 
-On the demo (perplexity 2.28, 16,384 tokens of text): v_from_xt gives 9.4 so, and 25 where xt is the original's, whose
-errors pile up. 40 steps of distillation: 4.2 where attention is trained, 7.5 where the whole block is, which fits the
-few tokens; kron 298 and 682.
+On the demo (perplexity 2.28; 16,384 tokens of calibration, 4,096 of test, ridge 1e-3) v_from_xt gives 9.7 so, and 25
+where xt is the original's: errors pile up. After 40 steps of distillation it is 4.2 where all of attention is trained,
+7.5 where the whole block is; kron 298 and 682. After 20 (learning rate 1e-3) 5.8, and 7.7 where queries and keys stay.
 """
 
 from __future__ import annotations
