@@ -137,6 +137,11 @@ EXAMPLES = {
         ({"stage": "kron", "value_norm": False, "bias": False}, LAYERS * (2 * _MIXING - 2 * D * D - 2 * D)),
         ({"stage": "identity"}, LAYERS * (2 * D - 2 * D * D - 2 * D)),
     ],
+    "sasp": [
+        ({"alpha": 0.3, "beta": 0.8, "gamma": 0.2}, LAYERS * 3 * HEADS),
+        ({"beta": 0.5, "layers": [4, 1]}, 2 * 3 * HEADS),
+        ({"parallel": True, "layers": [0, 2, 3]}, 3 * (3 * HEADS + 2)),
+    ],
 }
 CASES = [
     pytest.param(name, record, change, id=f"{name}-{index}")
@@ -278,6 +283,8 @@ class TestEveryExample:
                 assert "is not linear" in str(why) and record.get("init") in ("lsq", "random")
             elif name == "alibi":
                 assert "fall with distance" in str(why)
+            elif name == "sasp":
+                assert "which plain GPT-2 cannot express" in str(why) and ("alpha" in record or "parallel" in record)
             else:
                 assert name in ("linformer", "nystromformer", "performer") and f"attention of {name}" in str(why)
             return

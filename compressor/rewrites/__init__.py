@@ -14,6 +14,7 @@ from .merged_n import MergedN
 from .nystromformer import Nystromformer
 from .performer import Performer
 from .pruned import Pruned
+from .sasp import Sasp
 from .soft_shared import SoftShared
 from .token_factored import TokenFactored
 from .tversky import Tversky
@@ -30,6 +31,7 @@ REWRITES: dict[str, type[Rewrite]] = {
     "performer": Performer,
     "alibi": Alibi,
     "token_factored": TokenFactored,
+    "sasp": Sasp,
 }
 
 

@@ -239,3 +239,13 @@ BLOCK_SITES = ("ln_1", "attn.scores", "ln_2", *LINEAR_SITES)
 def sites_of(layers: Iterable[int], leaves: Sequence[str]) -> frozenset[str]:
     """The leaves of every block of some layers."""
     return frozenset(f"h.{layer}.{leaf}" for layer in layers for leaf in leaves)
+
+
+def check_layers(name: str, layers: list | None, base: GPT2Config) -> None:
+    """Raises UserError, which names the rewrite, for `layers` that are not different ones of the model; None is all."""
+    if layers is not None and (
+        not layers
+        or any(type(layer) is not int or not 0 <= layer < base.n_layer for layer in layers)
+        or len(set(layers)) < len(layers)
+    ):
+        raise UserError(f"{name}: layers is {layers}; allowed: different layers from 0 to {base.n_layer - 1}")

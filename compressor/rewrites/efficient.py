@@ -20,7 +20,7 @@ from .. import gpt2
 from ..checkpoint_attention import MOST
 from ..errors import UserError
 from ..modeling.attention import far_of
-from .base import FitContext, Rewrite, sites_of
+from .base import FitContext, Rewrite, check_layers, sites_of
 from .distillation import Loss, distill
 from .structure import add_structure
 
@@ -40,14 +40,7 @@ class EfficientAttention(Rewrite):
         """What the config's entry says besides kind, layers and block."""
 
     def check(self, base: GPT2Config) -> None:
-        if self.layers is not None and (
-            not self.layers
-            or any(type(layer) is not int or not 0 <= layer < base.n_layer for layer in self.layers)
-            or len(set(self.layers)) < len(self.layers)
-        ):
-            raise UserError(
-                f"{self.name}: layers is {self.layers}; allowed: different layers from 0 to {base.n_layer - 1}"
-            )
+        check_layers(self.name, self.layers, base)
         if not 1 <= self.block <= MOST:
             raise UserError(f"{self.name}: block is {self.block}; allowed: 1 to {MOST} tokens")
         if self.distill_steps < 0:
