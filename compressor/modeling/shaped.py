@@ -31,11 +31,12 @@ class AttentionShape(nn.Module):
         head_dim]; real bool[batch, tokens so far], None: all are."""
         tokens = mixed.shape[1]
         own = value[:, :, -tokens:].transpose(1, 2)
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
         if real is None:
-            counted = value.float()
+            counted = exact
             count = torch.arange(1, value.shape[2] + 1, device=value.device)[None, :]
         else:
-            counted = value.float() * real[:, None, :, None]
+            counted = exact * real[:, None, :, None]
             count = real.cumsum(1).clamp_min(1)
         sums = counted.sum(2, keepdim=True) if tokens == 1 else counted.cumsum(2)[:, :, -tokens:]
         means = (sums / count[:, None, -tokens:, None]).to(value.dtype).transpose(1, 2)
