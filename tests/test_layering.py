@@ -172,6 +172,7 @@ SPELLED = {
     "rewrites.compressed_n": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "ln_1", "ln_2"},  # combines whole blocks
     "rewrites.efficient": {"attn"},  # a site is GPT-2's own path
     "rewrites.merged_n": {"c_fc", "c_proj"},  # both linears in turn
+    "rewrites.sasp": {"attn", "ln_2"},  # sites are GPT-2's own paths
     "rewrites.soft_shared": {"c_fc", "c_proj"},
     "rewrites.token_factored": {"attn"},  # sites and a block's tensors are GPT-2's own paths
     "rewrites.token_factored_fit": {"attn"},

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from toy import toy_alignment, toy_blocks, toy_gpt2
 from torch.nn import functional
+from toy import toy_alignment, toy_blocks, toy_gpt2
 from transformers import GPT2LMHeadModel
 
 from compressor import gpt2
