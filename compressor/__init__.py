@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from .models import OpenModel, open_model
     from .rewrites import REWRITES, Rewrite
     from .rewrites.compose import apply
+    from .token_factored_gpt import (
+        GPTConfigALiBi,
+        estimate_model_parameters,
+        get_model,
+        list_available_models,
+        load_alibi_config_preset,
+        print_config_alibi,
+    )
     from .tversky_gpt import (
         TverskyGPTModel,
         count_parameters,
@@ -40,6 +48,7 @@ __all__ = [
     "GPT2CompressedForSequenceClassification",
     "GPT2CompressedLMHeadModel",
     "GPT2CompressedModel",
+    "GPTConfigALiBi",
     "OpenModel",
     "Rewrite",
     "TverskyGPTModel",
@@ -49,13 +58,21 @@ __all__ = [
     "count_parameters",
     "create_tversky_gpt_from_config",
     "estimate_memory_mb",
+    "estimate_model_parameters",
+    "get_model",
     "get_shared_parameter_info",
+    "list_available_models",
+    "load_alibi_config_preset",
     "open_model",
+    "print_config_alibi",
 ]
 
 _HOMES = {"UserError": "errors", "OpenModel": "models", "open_model": "models", "apply": "rewrites.compose"}
 _HOMES |= {"REWRITES": "rewrites", "Rewrite": "rewrites", "TverskyGPTModel": "tversky_gpt"}
 _HOMES |= {"create_tversky_gpt_from_config": "tversky_gpt", "get_shared_parameter_info": "tversky_gpt"}
+_HOMES |= {"GPTConfigALiBi": "token_factored_gpt", "estimate_model_parameters": "token_factored_gpt"}
+_HOMES |= {"get_model": "token_factored_gpt", "list_available_models": "token_factored_gpt"}
+_HOMES |= {"load_alibi_config_preset": "token_factored_gpt", "print_config_alibi": "token_factored_gpt"}
 _HOMES |= {"count_parameters": "tversky_gpt", "estimate_memory_mb": "tversky_gpt"}
 
 

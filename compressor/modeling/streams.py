@@ -20,6 +20,8 @@ STAGES: dict[str, tuple[str | None, str | None]] = {
     "v_from_xt": ("dense", None),
     "kron_v": ("kron", None),
     "kron_o": ("dense", "kron"),
+    "kron_v_only": ("kron", "identity"),
+    "kron_o_only": ("identity", "kron"),
     "kron": ("kron", "kron"),
     "identity": ("identity", "identity"),
 }
