@@ -244,6 +244,19 @@ def test_beside_other_rewrites(original, alignment):
     check([Sasp(), from_record({"rewrite": "soft_shared", "n": 2, "start": 0, "fold_ln": True})], original.config)
 
 
+def test_with_alibi(original, alignment):
+    alibi = {"rewrite": "alibi", "slopes": "geometric", "anneal": 0}
+    alone, both = made(original, alignment, alibi), made(original, alignment, alibi, {"rewrite": "sasp", "beta": 0.5})
+    assert (logits(both) - logits(alone)).abs().max() > 0.01
+    folded = Sasp().fold(both)
+    assert folded.config.alibi and not folded.config.shaped_attention
+    assert (logits(folded) - logits(both)).abs().max() < 1e-5
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            gpt2.attention(both, layer).shape.softmax.fill_(1)
+    assert (logits(both) - logits(alone)).abs().max() < 1e-6
+
+
 @torch.no_grad()
 def by_hand_without(original, gone, alpha):
     """The original without a layer, each head's own value alpha times more."""
