@@ -22,7 +22,7 @@ from .. import gpt2, models
 from ..capture import Batch
 from ..errors import UserError
 from ..modeling.streams import STAGES, HeadMixing
-from .base import FitContext, Rewrite, sites_of
+from .base import FitContext, Rewrite, check_layers, sites_of
 from .stream_diagnosis import diagnose
 from .structure import add_structure, without_structure
 from .token_factored_fit import Settings, fit_values
@@ -46,14 +46,7 @@ class TokenFactored(Rewrite):
     distill_learning_rate: float = 3e-3
 
     def check(self, base: GPT2Config) -> None:
-        if self.layers is not None and (
-            not self.layers
-            or any(type(layer) is not int or not 0 <= layer < base.n_layer for layer in self.layers)
-            or len(set(self.layers)) < len(self.layers)
-        ):
-            raise UserError(
-                f"{self.name}: layers is {self.layers}; allowed: different layers from 0 to {base.n_layer - 1}"
-            )
+        check_layers(self.name, self.layers, base)
         if self.ridge < 0:
             raise UserError(f"{self.name}: ridge is {self.ridge}; allowed: 0 or more")
         if self.distill_steps < 0:
