@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..modeling.tversky import FORM, SCALARS
 from ..modeling.tversky_layers import TARGETS, TverskyPlace, tversky_places
 from ..windows import check_length, tiles, window
-from .base import FitContext, Rewrite
+from .base import FitContext, Rewrite, check_layers
 from .structure import add_structure, without_structure
 from .tversky_diagnosis import diagnose
 from .tversky_fit import LEAVES, Fit, dense_tensors, projections
@@ -89,12 +89,7 @@ class Tversky(Rewrite):
             raise UserError("tversky: n and start are of share=window without layers; otherwise give layers")
         if self.share == "window" and self.n is None:
             raise UserError("tversky: share=window needs n, the layers of a window")
-        if self.layers is not None and (
-            not self.layers
-            or any(type(layer) is not int or not 0 <= layer < base.n_layer for layer in self.layers)
-            or len(set(self.layers)) < len(self.layers)
-        ):
-            raise UserError(f"tversky: layers is {self.layers}; allowed: different layers from 0 to {base.n_layer - 1}")
+        check_layers(self.name, self.layers, base)
         self.groups(base)
         for width, features in self._features(base).items():
             if features < 1 or (self.linear_start and features > width):
