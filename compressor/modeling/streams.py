@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
-# stage -> what values and outputs are made by; None: of c_attn and c_proj as in GPT-2
+# stage -> what values and outputs are made by; None: of c_attn and c_proj as in GPT-2. A rewrite fits all but the two
+# that end in _only, which are for models from scratch.
 STAGES: dict[str, tuple[str | None, str | None]] = {
     "exact": (None, None),
     "v_from_xt": ("dense", None),
