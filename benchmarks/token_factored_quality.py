@@ -6,8 +6,8 @@
 Every layer gets the stage. Distilled: --distill steps of each layer's attention towards the original's hidden states
 after its block, on calibration text. Recovered: after that adapters on every linear, and what is no linear, the same
 steps on the same batches in the same order with the same seed for all, the control among them; --teacher: towards the
-original's logits in the place of next tokens. The best state by selection text is kept. Calibration, selection,
-training and test text are disjoint.
+original's logits in the place of next tokens, but for the control. "+ alibi": learned positions fade out too. The best
+state by selection text is kept. Calibration, selection, training and test text are disjoint.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from compressor.finetune import finetune
 from compressor.metrics.flops import flops_per_token
 from compressor.metrics.perplexity import perplexity
 from compressor.metrics.size import parameters
-from compressor.modeling.streams import STAGES
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply
 
-CONTROL = "control"
+CONTROL, ALIBI = "control", " + alibi"
+STAGES = ("exact", "v_from_xt", "kron_v", "kron_o", "kron", "identity")
+ROWS = (*STAGES, f"kron{ALIBI}", f"identity{ALIBI}")  # the last is the source's own model
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", default="demo", help="calibration, selection and training text")
     parser.add_argument("--test", help="default: the test part of --data")
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
+    parser.add_argument("--stages", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--distill", type=int, default=50, help="steps; 0: none")
     parser.add_argument("--recover", action="store_true")
     parser.add_argument("--teacher", action="store_true", help="recover towards the original's logits")
@@ -90,8 +91,11 @@ def main() -> None:
         model = models.open_model(options.model).model
         if stage == CONTROL:
             return model, []
-        rewrite = from_record({"rewrite": "token_factored", "stage": stage, "distill_steps": steps}).resolved(config)
-        return apply([rewrite], model, unaligned, calibration=calibration), [rewrite]
+        record = {"rewrite": "token_factored", "stage": stage.removesuffix(ALIBI), "distill_steps": steps}
+        rewrites = [from_record(record).resolved(config)]
+        if stage.endswith(ALIBI):
+            rewrites.append(from_record({"rewrite": "alibi"}))
+        return apply(rewrites, model, unaligned, calibration=calibration), rewrites
 
     def before(stage: str) -> dict[str, Any]:
         model, _ = made(stage, 0)
@@ -102,7 +106,8 @@ def main() -> None:
         result = finetune(
             model, training, selection, rewrites=rewrites, train="lora", steps=options.steps,
             batch_tokens=options.batch_tokens, learning_rate=options.learning_rate, seed=options.seed, rank=64,
-            alpha=64.0, teacher=models.open_model(options.model).model if options.teacher else None,
+            alpha=64.0,
+            teacher=models.open_model(options.model).model if options.teacher and stage != CONTROL else None,
         )  # fmt: skip
         return {"value": test(model), "best": result.best_step}
 
