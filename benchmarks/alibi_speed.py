@@ -26,6 +26,7 @@ from tversky_speed import peak
 from compressor import models  # noqa: F401 (opens the package in its order)
 from compressor.modeling.alibi import WIDER, AlibiSlopes
 
+_FIRST = torch.zeros(1, dtype=torch.int64)
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -35,14 +36,17 @@ def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def widened(slopes: AlibiSlopes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     scaling, causal = query.shape[-1] ** -0.5, query.shape[2] > 1
-    query, key = slopes.widened(query, key, 1.0, scaling)
+    query, key = slopes.widened(query, key, key.shape[2] - query.shape[2], 1.0, scaling, _FIRST)
     wide = torch.nn.functional.pad(value, (0, WIDER))
     return _sdpa(query, key, wide, is_causal=causal, scale=scaling)[..., :-WIDER]
 
 
 def mask(slopes: AlibiSlopes, tokens: int) -> Tensor:
     behind = torch.arange(tokens) - torch.arange(tokens)[:, None]
-    return (slopes.slopes(1.0)[:, None, None] * behind).masked_fill(behind > 0, -math.inf)[None]
+    bias = slopes.slopes(1.0)[:, None, None] * behind
+    assert slopes.first is not None
+    bias = torch.cat([slopes.first[:, None, None].expand(-1, tokens, 1), bias[..., 1:]], -1)
+    return bias.masked_fill(behind > 0, -math.inf)[None]
 
 
 def masked(slopes: AlibiSlopes, query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -55,7 +59,7 @@ def explicit(slopes: AlibiSlopes, query: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def biased(slopes: AlibiSlopes, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _sdpa(query, key, value, attn_mask=slopes.bias(query, key.shape[2], 1.0))
+    return _sdpa(query, key, value, attn_mask=slopes.bias(query, key.shape[2], key.shape[2] - 1, 1.0, _FIRST))
 
 
 def forms(slopes: AlibiSlopes, tokens: int) -> dict[str, Form]:
@@ -106,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    slopes = AlibiSlopes(options.heads)
+    slopes = AlibiSlopes(options.heads, first=True)
     given = inputs(options, 300)
     apart = max(
         (form(*given) - explicit(slopes, *given)).abs().max().item() for form in list(forms(slopes, 300).values())[1:]

@@ -55,7 +55,9 @@ def reference(original, ids, share, slopes):
     added = added + (1 - share) * mean
     added[0] += (1 - share) * (positions[0] - mean)
     behind = torch.arange(tokens) - torch.arange(tokens)[:, None]
-    bias = (1 - share) * torch.tensor(slopes)[:, None, None] * behind
+    bias = torch.tensor(slopes)[:, None, None] * behind
+    bias[:, :, 0] = torch.tensor([np.log(np.mean(np.exp(-slope * np.arange(32)))) for slope in slopes])[:, None]
+    bias = (1 - share) * bias
     bias = bias.masked_fill(behind > 0, float("-inf"))[None].expand(len(ids), -1, -1, -1)
     with torch.no_grad():
         return plain(
@@ -132,6 +134,7 @@ def test_learned_slopes_begin_as_fitted(original):
     one, other = (made(original, slopes=slopes, anneal=0) for slopes in ("fitted", "learned"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     rewrites = {slopes: from_record({"rewrite": "alibi", "slopes": slopes}) for slopes in ("fitted", "learned")}
+    assert all((gpt2.attention(one, layer).alibi.slopes(1.0) >= 8 / 64 - 1e-6).all() for layer in range(6))
     assert rewrites["fitted"].trainable(one) == [] and len(rewrites["learned"].trainable(one)) == 6
 
 
@@ -232,6 +235,36 @@ class TestBeyondItsPositions:
             assert torch.equal(cached, fresh) and cached.shape == (2, 90)
 
 
+def test_the_first_token_is_the_first_real_one(endless):
+    """Rested on from any distance, wherever pads put it: planted so that nothing else counts."""
+    model = copy.deepcopy(endless)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.alibi.first.fill_(60.0)
+    for kind in ("eager", "sdpa"):
+        model.set_attn_implementation(kind)
+        ids = some_ids(rows=1, tokens=100)
+        full = logits(model, ids)
+        changed = ids.clone()
+        changed[:, 1:60] = (changed[:, 1:60] + 5) % 97
+        assert (logits(model, changed)[:, 70:] - full[:, 70:]).abs().max() <= 1e-5
+        mask = torch.cat([torch.zeros(1, 7, dtype=torch.int64), torch.ones_like(ids)], 1)
+        padded = torch.cat([torch.full((1, 7), 3), ids], 1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        left = logits(model, padded, attention_mask=mask, position_ids=positions)
+        assert (left[:, 7:] - full).abs().max() <= 1e-5
+
+
+def test_a_static_cache(endless):
+    ids = some_ids(rows=2, tokens=40)
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    settings["attention_mask"] = (torch.arange(40) >= torch.tensor([[0], [9]])).long()
+    static, fresh = (endless.generate(ids, **more, **settings) for more in (
+        {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False},
+    ))  # fmt: skip
+    assert torch.equal(static, fresh)
+
+
 def test_biases_of_bfloat16_are_those_of_float32(endless):
     """Far into a text m j is large, and rounded to bfloat16 it would tell neighbours apart by nothing."""
     model, ids = copy.deepcopy(endless), some_ids(rows=1, tokens=700)
@@ -293,7 +326,8 @@ def test_counts_of_gpt2_small():
     rewrite = from_record({"rewrite": "alibi", "anneal": 0})
     before, after = (parameters(models.build(item)) for item in (config, structure([rewrite], config)))
     assert before == 124_439_808
-    assert before - after == 786_432 - 768 - 12 * 12  # wpe, 0.63 %; the first position's vector and the slopes stay
+    # wpe, 0.63 %; the first position's vector stays, slopes and biases of the first token come
+    assert before - after == 786_432 - 768 - 2 * 12 * 12
     assert round(100 * 786_432 / before, 2) == 0.63
 
 
@@ -322,5 +356,5 @@ def test_beside_other_rewrites(original, alignment):
     model = apply(rewrites, original, alignment, calibration=toy_blocks(original.config, rows=4))
     assert model.config.n_layer == 5 and logits(model, some_ids()).isfinite().all()
     slopes = fitted_slopes(original, toy_blocks(original.config, rows=4).batches(), [4])[4]
-    assert torch.allclose(gpt2.attention(model, 4).alibi.slopes(1.0), slopes.clamp_min(2e-7), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(gpt2.attention(model, 4).alibi.slopes(1.0), slopes.clamp_min(8 / 64), rtol=1e-4)
     assert dataclasses.asdict(rewrites[2]) == {"slopes": "fitted", "anneal": 0}

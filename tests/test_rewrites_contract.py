@@ -35,7 +35,7 @@ def _tversky(size, width_in, width_out, *, projections, banks=1, scalars=3):
 
 _ALL = ["q", "k", "v", "attn_out", "c_fc", "mlp_out", "lm_head"]
 HEADS = 4
-_ALIBI = -64 * D + D + LAYERS * HEADS  # positions but for the first one's; slopes
+_ALIBI = -64 * D + D + 2 * LAYERS * HEADS  # positions but for the first one's; slopes, biases of the first token
 _WIDTH = D // HEADS
 _MIXING = HEADS * HEADS
 _RATIO = {"form": "ratio", "non_negative": True, "scale": True}

@@ -287,3 +287,13 @@ def test_refused(original):
         from_record({"rewrite": "sasp", "parallel": "yes"})
     with pytest.raises(UserError, match="a recipe can have sasp once"):
         structure([Sasp(layers=[0]), Sasp(layers=[1])], original.config)
+
+
+def test_a_static_cache(original):
+    rewrite = from_record({"rewrite": "sasp", "alpha": 0.3, "gamma": 0.2}).resolved(original.config)
+    model = apply([rewrite], original, None)
+    ids = torch.randint(1, 97, (2, 20), generator=torch.Generator().manual_seed(8))
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    settings["attention_mask"] = (torch.arange(20) >= torch.tensor([[0], [6]])).long()
+    static = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
+    assert torch.equal(static, model.generate(ids, use_cache=False, **settings))

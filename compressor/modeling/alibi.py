@@ -3,7 +3,8 @@
 Source: Press, Smith & Lewis, arXiv 2108.12409. Head h adds -m_h (i - j) to the score of query i and key j. A model that
 was trained with learned positions gets there by a share s that falls from 1 to 0: the embeddings of a token at position
 p are wte + s wpe[p] + (1 - s)(mean + 1[p = 0] first), the bias is taken (1 - s) times. s = 1 is GPT-2, bit for bit. At
-the end wpe and mean are gone (mean becomes part of wte); `first` stays: position 0 is where GPT-2's attention rests.
+the end wpe and mean are gone (mean becomes part of wte). `first` stays: position 0 is where GPT-2's attention rests,
+and so that it may rest there from any distance, the bias of that token's key is a number of each head's own.
 """
 
 from __future__ import annotations
@@ -81,43 +82,58 @@ class AlibiPositions(nn.Module):
 
 
 class AlibiSlopes(nn.Module):
-    """The slopes of a layer's heads, as logarithms: float[heads]."""
+    """The biases of a layer's heads: log_slopes float[heads]; first float[heads], the bias of the first token's key at
+    any distance, where that token is told apart."""
 
-    def __init__(self, heads: int):
+    def __init__(self, heads: int, first: bool):
         super().__init__()
         self.log_slopes = nn.Parameter(torch.empty(heads))
+        self.first = nn.Parameter(torch.empty(heads)) if first else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         slopes = geometric_slopes(len(self.log_slopes))
         init.copy_(self.log_slopes, torch.tensor([math.log(slope) for slope in slopes]))
+        if self.first is not None:
+            init.zeros_(self.first)
 
     def slopes(self, share: float) -> Tensor:
         return share * self.log_slopes.float().exp()
 
-    def bias(self, query: Tensor, keys: int, share: float) -> Tensor:
-        """-m (i - j) for the last queries of so many tokens: [1, heads, queries, keys], in the query's dtype."""
-        last = torch.arange(keys - query.shape[2], keys, device=query.device)
-        behind = torch.arange(keys, device=query.device) - last[:, None]
-        return (self.slopes(share)[:, None, None] * behind).to(query.dtype)[None]
+    def bias(self, query: Tensor, keys: int, start: int, share: float, first: Tensor) -> Tensor:
+        """-m (i - j) of queries from place `start` on and keys from 0 on: [batch or 1, heads, queries, keys], in the
+        query's dtype. first: int64[batch or 1], the place of each row's first token."""
+        places = torch.arange(keys, device=query.device)
+        behind = places - torch.arange(start, start + query.shape[2], device=query.device)[:, None]
+        found = (self.slopes(share)[:, None, None] * behind)[None]
+        if self.first is not None:
+            found = torch.where(_at(places, first)[..., None, :], share * self.first.float()[:, None, None], found)
+        return found.to(query.dtype)
 
-    def widened(self, query: Tensor, key: Tensor, share: float, scaling: float) -> tuple[Tensor, Tensor]:
+    def widened(
+        self, query: Tensor, key: Tensor, start: int, share: float, scaling: float, first: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Query [batch, heads, queries, head_dim + 4] and key [batch, heads, keys, head_dim + 4] whose product, scaled,
-        has the bias in it: any attention takes it, and no tensor of queries x keys is made. The queries are the last.
+        has the bias in it: any attention takes it, and no tensor of queries x keys is made. start, first: as of `bias`.
 
-        The four products m (j - i) is made of are exact in bfloat16 too, up to one rounding of m: both positions are
+        The four products m (j - i) is made of are exact in bfloat16 too, up to one rounding of m: both places are
         parted into 256 a + b.
         """
-        keys = key.shape[2]
         slope = (self.slopes(share) / scaling).to(query.dtype)
-        places = torch.arange(keys, device=query.device)
+        places = torch.arange(key.shape[2], device=query.device)
         high, low = (part.to(query.dtype) for part in (places // 256, places % 256))
-        heads = (*query.shape[:2], query.shape[2])
-        own = [part[-query.shape[2] :].expand(heads) for part in (high, low)]
-        falls = [(factor * slope)[:, None].expand(heads) for factor in (256, 1)]
-        rises = [-(factor * slope)[:, None].expand(*key.shape[:3]) for factor in (256, 1)]
-        theirs = [part.expand(key.shape[:3]) for part in (high, low)]
-        return (
-            torch.cat([query, torch.stack([*falls, *own], -1)], -1),
-            torch.cat([key, torch.stack([*theirs, *rises], -1)], -1),
-        )
+        asking, asked = query.shape[:3], key.shape[:3]
+        own = [part[start : start + query.shape[2]].expand(asking) for part in (high, low)]
+        falls = [(factor * slope)[:, None].expand(asking) for factor in (256, 1)]
+        rises = [-(factor * slope)[:, None].expand(asked) for factor in (256, 1)]
+        more = torch.stack([*(part.expand(asked) for part in (high, low)), *rises], -1)
+        if self.first is not None:  # of the four products the second is with the slope
+            level = (share / scaling * self.first.float() / slope.float()).to(query.dtype)
+            level = nn.functional.pad(level[:, None, None], (1, 2))
+            more = torch.where(_at(places, first)[..., None], level, more)
+        return torch.cat([query, torch.stack([*falls, *own], -1)], -1), torch.cat([key, more], -1)
+
+
+def _at(places: Tensor, first: Tensor) -> Tensor:
+    """bool[batch or 1, 1, keys]"""
+    return (places == first[:, None])[:, None]

@@ -44,7 +44,7 @@ class CompressedAttention(GPT2Attention):
             del self.c_proj
             self.out_map = stream_map(outputs, config, bias=config.token_factored["bias"])
         self.scores = None if entry is None else BlockAttention(entry["block"], far_of(entry, self))
-        self.alibi = AlibiSlopes(self.num_heads) if config.alibi else None
+        self.alibi = AlibiSlopes(self.num_heads, config.alibi["first"]) if config.alibi else None
         shaped = config.shaped_attention
         self.shape = AttentionShape(self.num_heads) if shaped and layer_idx in shaped["layers"] else None
 
@@ -115,16 +115,18 @@ class CompressedAttention(GPT2Attention):
     ):
         """GPT-2's own, with ALiBi's bias and in its shape where it has them: [batch, tokens, heads, head_dim] and,
         where the implementation has them, the weights."""
+        start = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))  # a static one counts on in place
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        values = value
+        values = value[:, :, : start + query.shape[2]]  # of a static cache all are as long as it may get
         kind = self.config._attn_implementation
         wider = 0
         if self.alibi is not None and bias_share:
+            first = query.new_zeros(1, dtype=torch.int64) if real is None else real.int().argmax(1)
             if query.shape[2] == 1 and kind in ("eager", "sdpa"):  # nothing is copied
-                mask = _with_bias(mask, self.alibi.bias(query, key.shape[2], bias_share))
+                mask = _with_bias(mask, self.alibi.bias(query, key.shape[2], start, bias_share, first))
             else:
-                query, key = self.alibi.widened(query, key, bias_share, self.scaling)
+                query, key = self.alibi.widened(query, key, start, bias_share, self.scaling, first)
                 wider = 0 if kind == "eager" else WIDER
                 value = nn.functional.pad(value, (0, wider))  # fast kernels want them alike
         if kind == "eager" and self.reorder_and_upcast_attn:
@@ -135,7 +137,9 @@ class CompressedAttention(GPT2Attention):
             mixed, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         if wider:
             mixed = mixed[..., :-wider]
-        return (mixed if self.shape is None else self.shape(mixed, values, real)), weights
+        if self.shape is not None:
+            mixed = self.shape(mixed, values, None if real is None else real[:, : values.shape[2]])
+        return mixed, weights
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:

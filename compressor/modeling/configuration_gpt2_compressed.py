@@ -23,7 +23,8 @@ class GPT2CompressedConfig(GPT2Config):
         {"kind": "performer", "layers", "block", "features": 128, "feature_map": "favor+", "seed": 0, "local": true}.
     alibi: {"slopes": "geometric" | "fitted" | "learned", "learned_positions": false, "first": true}
         (modeling/alibi.py): how the slopes were found; whether wpe is still there, as it is until a recovery has taken
-        it away; whether position 0 has a vector. n_positions then is the length that the model was trained at.
+        it away; whether position 0 has a vector, and its key a bias of its own. n_positions then is the length that
+        the model was trained at.
     token_factored: {"stage": one of streams.STAGES, "layers": [0, 1], "value_norm": true, "bias": true}
         (modeling/streams.py): the layers whose values and outputs are made as the stage says; whether values read
         LN(xt) or xt; whether Kronecker outputs have a bias.

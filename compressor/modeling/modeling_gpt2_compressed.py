@@ -175,15 +175,19 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
 
     def block_arguments(self, attention_mask: Tensor | None = None) -> dict:
         """What every block of this trunk must be called with besides GPT-2's own arguments. attention_mask: bool or
-        int[batch, tokens so far], 0 = pad; attention in blocks takes no other."""
+        int[batch, tokens so far], 0 = pad, or one of causal ones, which attention in blocks does not take."""
         found: dict[str, Any] = {"ffn_bank": self.ffn_bank, "feature_bank": self.feature_bank}
         if isinstance(self.wpe, AlibiPositions):
             found["bias_share"] = 1 - self.wpe.share
-        if (self.config.efficient_attention or self.config.shaped_attention) and attention_mask is not None:
-            if attention_mask.ndim != 2:
-                what = "attention in blocks" if self.config.efficient_attention else "shaped attention"
-                raise ValueError(f"{what} takes masks [batch, tokens], got {list(attention_mask.shape)}")
-            found["real"] = attention_mask.bool()
+        config = self.config
+        if (config.efficient_attention or config.shaped_attention or config.alibi) and attention_mask is not None:
+            if attention_mask.ndim == 2:
+                found["real"] = attention_mask.bool()
+            elif config.efficient_attention:
+                raise ValueError(f"attention in blocks takes masks [batch, tokens], got {list(attention_mask.shape)}")
+            else:  # [batch, 1, queries, keys], as for a static cache: what the last query sees
+                last = attention_mask[:, 0, -1]
+                found["real"] = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
         return found
 
     @can_return_tuple

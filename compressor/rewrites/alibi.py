@@ -6,7 +6,6 @@ fade out during recovery while the biases fade in, and are dropped at its end.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from .. import gpt2
 from ..errors import UserError
 from ..modeling.alibi import geometric_slopes
-from .alibi_fit import fitted_slopes
+from .alibi_fit import first_bias, fitted_slopes
 from .base import FitContext, Rewrite
 from .structure import add_structure, without_structure
+
+NATS = 8  # by which a fitted bias falls within the trained context at least: what is beyond counts for nothing
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ class Alibi(Rewrite):
             slopes = {layer: torch.tensor(geometric_slopes(config.n_head)) for layer in places}
         else:
             context.progress("attention by distance")
-            slopes = fitted_slopes(context.original, context.batches(), list(places))
+            least = NATS / config.n_positions
+            found = fitted_slopes(context.original, context.batches(), list(places))
+            slopes = {layer: own.clamp_min(least) for layer, own in found.items()}
         for layer, own in places.items():
-            gpt2.put(gpt2.attention(model, own).alibi, "log_slopes", slopes[layer].clamp_min(_LEAST).log())
+            biases = gpt2.attention(model, own).alibi
+            gpt2.put(biases, "log_slopes", slopes[layer].log())
+            gpt2.put(biases, "first", first_bias(slopes[layer], config.n_positions))
         positions = gpt2.positions(context.original)
         mean = positions[1:].mean(0) if len(positions) > 1 else positions[0]
         wpe = gpt2.trunk(model).wpe
@@ -68,8 +73,9 @@ class Alibi(Rewrite):
         return [gpt2.attention(model, layer).alibi.log_slopes for layer in range(model.config.n_layer)]
 
     def beside_adapters(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
-        wpe = gpt2.trunk(model).wpe
-        return [wpe.first, *([wpe.mean] if wpe.learned else []), *self.trainable(model)]
+        wpe, layers = gpt2.trunk(model).wpe, range(model.config.n_layer)
+        found = [wpe.first, *(gpt2.attention(model, layer).alibi.first for layer in layers), *self.trainable(model)]
+        return [*found, wpe.mean] if wpe.learned else found
 
     def on_step(self, model: GPT2LMHeadModel, progress: float) -> None:
         if model.config.alibi["learned_positions"]:
@@ -94,6 +100,3 @@ class Alibi(Rewrite):
     @classmethod
     def neutral(cls, base: GPT2Config) -> Alibi:
         return cls(slopes="geometric")
-
-
-_LEAST = math.exp(-14)  # a slope of no effect within a million tokens
