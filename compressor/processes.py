@@ -58,9 +58,12 @@ class Processes:
         if self.main:
             self.wait()
 
-    def share_gradients(self, module: nn.Module) -> nn.Module:
-        """The module, wrapped so that a backward pass averages its gradients over the processes."""
-        return module if self.world == 1 else accelerator().prepare_model(module, device_placement=False)
+    def share_gradients(self, module: nn.Module, *, some_idle: bool) -> nn.Module:
+        """The module, wrapped so that a backward pass averages its gradients over the processes. some_idle: a pass may
+        leave trained parameters out."""
+        if self.world == 1:
+            return module
+        return accelerator(some_idle=some_idle).prepare_model(module, device_placement=False)
 
     def gradients_apart(self, module: nn.Module) -> AbstractContextManager[None]:
         """Backward passes of a wrapped module within add up in this process only, until the next one outside."""
@@ -87,12 +90,14 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def accelerator() -> Accelerator:
-    """Processes and their devices. Its precision is left alone: it is one for a whole process, and ours is not."""
+def accelerator(*, some_idle: bool = False) -> Accelerator:
+    """Processes and their devices. Its precision is left alone: it is one for a whole process, and ours is not.
+    some_idle: as of Processes.share_gradients."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
-    found = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    gradients = DistributedDataParallelKwargs(find_unused_parameters=some_idle)
+    found = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), gradients])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > found.num_processes:  # they would all write the same files
         raise UserError(

@@ -111,7 +111,7 @@ class Loop:
             if folder is not None and self.processes.main:
                 training_state.remove(folder)
             self._evaluate()
-        self.wrapped = self.processes.share_gradients(self.objective)
+        self.wrapped = self.processes.share_gradients(self.objective, some_idle=self.annealed)
 
     def restore_best(self) -> None:
         """The best state into the model."""
@@ -168,6 +168,9 @@ class Loop:
                     (loss if term is None else loss + settings["penalty"] * term).backward()
                 sums += part
         parameters = list(self.parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:  # idle while another fades in or out; it steps with the rest all the same
+                parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(parameters, settings["clip"] or math.inf)  # 0: not clipped
         factor = rate_factor(self.step, settings["steps"], settings["warm_up"])
         for group in self.optimizer.param_groups:

@@ -12,9 +12,10 @@ from toy import toy_blocks, toy_gpt2
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from compressor import gpt2, models
+from compressor.artifacts import provenance
 from compressor.checkpoint_config import check_config
 from compressor.errors import UserError
-from compressor.finetune import finetune
+from compressor.finetune import StateFolder, finetune
 from compressor.metrics.size import parameters
 from compressor.modeling.alibi import geometric_slopes
 from compressor.rewrites import from_record
@@ -316,6 +317,34 @@ def test_the_last_evaluation_is_of_the_model_that_is_left(original):
         picked = -found.gather(-1, ids[:, 1:, None]).squeeze(-1)
         nll += float(picked[mask[:, 1:]].double().sum())
     assert result.evaluations[-1].nll == pytest.approx(nll / int(blocks.mask[:, 1:].sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("stop", [1, 4])
+def test_resumed_on_the_way_it_ends_as_it_would_have(original, tmp_path, train, stop):
+    """At first the new parameters are idle, at last the old ones: all have their moments all the same."""
+    blocks = toy_blocks(original.config)
+    origin = provenance(seed=0, base_model="toy", base_hash="1", device="cpu", dtype="float32")
+    before = made(original, slopes="learned", anneal=0.5)
+
+    def run(name, stop_after=99, **more):
+        def progress(step):
+            if step.step > stop_after:
+                raise InterruptedError
+
+        model = copy.deepcopy(before)
+        rewrites = [from_record({"rewrite": "alibi", "slopes": "learned"})]
+        finetune(
+            model, blocks, blocks, rewrites=rewrites, train=train, checkpoint_every=1, progress=progress,
+            state_folder=StateFolder(tmp_path / name, origin), **SETTINGS, **more,
+        )  # fmt: skip
+        return model.state_dict()
+
+    whole = run("whole")
+    with pytest.raises(InterruptedError):
+        run("broken", stop_after=stop)
+    found = run("broken", resume=True)
+    assert found.keys() == whole.keys() and all(torch.equal(tensor, whole[key]) for key, tensor in found.items())
 
 
 # ---------------------------------------------------------------- what is refused

@@ -22,6 +22,8 @@ from compressor import artifacts, lora, training_loop, training_loss, training_s
 from compressor.data import TokenBlocks
 from compressor.errors import UserError
 from compressor.finetune import control_train, finetune, resolve_train
+from compressor.rewrites import Rewrite
+from compressor.rewrites.alibi import Alibi
 from compressor.rewrites.compose import apply
 from compressor.rewrites.soft_shared import SoftShared
 from compressor.training_schedule import batch_rows
@@ -456,6 +458,7 @@ DISTRIBUTED = {
     "accumulated": {"batch_tokens": 5 * 64, "forward_tokens": 64, "penalty": 0.1},  # 3 rows and 2 rows
     "one_row": {"batch_tokens": 64, "train": "lora"},  # the second process has none
     "distilled": {"batch_tokens": 4 * 64, "train": "full", "teacher": True, "mix": 0.5},
+    "annealed": {"batch_tokens": 4 * 64, "train": "full"},  # the first step leaves some out, the last ones others
 }
 
 
@@ -463,8 +466,10 @@ def distributed(name: str, folder: str):
     """The same training, whoever calls it."""
     torch.set_num_threads(1)
     original = toy_gpt2()
-    rewrite = SoftShared(n=3, start=1, rank=4, delta_init="svd").resolved(original.config)
-    model = apply([rewrite], original, toy_alignment(original))
+    rewrite: Rewrite = SoftShared(n=3, start=1, rank=4, delta_init="svd").resolved(original.config)
+    if name == "annealed":
+        rewrite = Alibi(slopes="learned")
+    model = apply([rewrite], original, toy_alignment(original), calibration=toy_blocks(original.config, rows=4))
     case = dict(DISTRIBUTED[name])
     if case.pop("teacher", False):
         case["teacher"] = toy_gpt2()
