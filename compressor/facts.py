@@ -34,6 +34,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     check(recipe.rewrites, config)
     resolved = placed_somewhere(recipe.rewrites, config)
     result = structure(resolved, config)
+    for item in resolved if recipe.finetune is not None else []:
+        result = item.finished(result)
     made = models.build(result)
     before, after = parameters(models.build(config)), parameters(made)
     work = _work(recipe, config)

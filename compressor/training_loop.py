@@ -69,7 +69,7 @@ class Loop:
         self.rewrites, self.settings, self.processes, self.device = rewrites, settings, processes, device
         self.rows, self.forward_tokens, self.progress = rows, forward_tokens, progress
         self.model, self.objective = objective.model, objective
-        self.annealed = any(type(rewrite).on_step is not Rewrite.on_step for rewrite in rewrites)
+        self.annealed = any(rewrite.anneals(objective.model) for rewrite in rewrites)
         self.wrapped: nn.Module = objective
         self.flush_every = 1 if device.type == "cpu" else 16  # reading a number makes an accelerator wait
         self.pending: list[tuple[int, int, Tensor]] = []

@@ -307,6 +307,15 @@ def test_a_recovery_ends_without_learned_positions(original):
     check_config("it", model.config)
 
 
+def test_without_a_way_to_go_the_best_state_is_kept(original):
+    model, blocks = made(original, slopes="geometric", anneal=0), toy_blocks(original.config)
+    rewrite = from_record({"rewrite": "alibi", "slopes": "geometric"})  # nothing is left to fade out in this model
+    result = finetune(
+        model, blocks, blocks, rewrites=[rewrite], train="full", **{**SETTINGS, "learning_rate": 3.0, "warm_up": 0}
+    )
+    assert result.best_step == 0 and result.evaluations[-1].nll > result.evaluations[0].nll
+
+
 def test_the_last_evaluation_is_of_the_model_that_is_left(original):
     model, blocks = made(original, slopes="geometric", anneal=1.0), toy_blocks(original.config)
     rewrite = from_record({"rewrite": "alibi", "slopes": "geometric", "anneal": 1.0})

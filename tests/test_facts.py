@@ -49,6 +49,15 @@ def test_the_plan_is_what_comes_out(name, keys, tiny_folder, aligned_run):
     json.dumps([planned, there], allow_nan=False)
 
 
+def test_the_plan_with_a_recovery_is_what_is_left_after_it(tiny_folder):
+    whole = plan(load("alibi", [f"model={tiny_folder}"]))
+    positions = inspect(str(tiny_folder))["context"] * inspect(str(tiny_folder))["width"]
+    assert whole["parameters"] < whole["parameters_before"]
+    before = plan(load("alibi", [f"model={tiny_folder}", "finetune=null"]))
+    assert before["parameters"] - whole["parameters"] == positions + inspect(str(tiny_folder))["width"]
+    assert whole["structure"] == plan(load("alibi", [f"model={tiny_folder}", "rewrites.0.anneal=0"]))["structure"]
+
+
 def test_windows_of_a_plan(tiny_folder):
     body = plan(load("soft_shared", [f"model={tiny_folder}", "n=3"]))
     assert body["windows"] == [{"rewrite": "soft_shared", "layers": [1, 2, 3], "anchor": 2}]

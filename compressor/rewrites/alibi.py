@@ -6,6 +6,7 @@ fade out during recovery while the biases fade in, and are dropped at its end.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,16 +78,24 @@ class Alibi(Rewrite):
         found = [wpe.first, *(gpt2.attention(model, layer).alibi.first for layer in layers), *self.trainable(model)]
         return [*found, wpe.mean] if wpe.learned else found
 
+    def anneals(self, model: GPT2LMHeadModel) -> bool:
+        return model.config.alibi["learned_positions"]
+
     def on_step(self, model: GPT2LMHeadModel, progress: float) -> None:
-        if model.config.alibi["learned_positions"]:
+        if self.anneals(model):
             gpt2.trunk(model).wpe.share = max(0.0, 1 - progress / self.anneal)
 
     def finish(self, model: GPT2LMHeadModel) -> None:
-        if model.config.alibi["learned_positions"]:
+        if self.anneals(model):
             mean = gpt2.trunk(model).wpe.dropped()
             gpt2.put(gpt2.trunk(model).wte, "weight", gpt2.embeddings(model) + mean)  # it may be the original's own
             model.tie_weights()
             model.config.alibi = {**model.config.alibi, "learned_positions": False}
+
+    def finished(self, config: GPT2Config) -> GPT2Config:
+        found = copy.deepcopy(config)
+        found.alibi = {**found.alibi, "learned_positions": False}
+        return found
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
         if not model.config.alibi["learned_positions"]:

@@ -160,8 +160,16 @@ class Rewrite(ABC):
     def on_step(self, model: GPT2LMHeadModel, progress: float) -> None:  # noqa: B027
         """Called at every training step with progress 0..1, which is 1 at the last."""
 
+    def anneals(self, model: GPT2LMHeadModel) -> bool:
+        """Whether `on_step` changes this model: what it is before the last step is not what it is to be."""
+        return type(self).on_step is not Rewrite.on_step
+
     def finish(self, model: GPT2LMHeadModel) -> None:  # noqa: B027
         """Called once when a recovery ends: takes away, in place, what was there for the way only."""
+
+    def finished(self, config: GPT2Config) -> GPT2Config:
+        """The structure of a result of this rewrite when a recovery has ended."""
+        return config
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel | None:
         """The same function without this rewrite's structure: plain GPT-2 where no other has one. None where it has
