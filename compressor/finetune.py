@@ -259,11 +259,12 @@ def _trainable(
         generator = torch.Generator().manual_seed(mixed_seed(settings["seed"], 1))
         rank, alpha = settings["rank"], settings["alpha"]
         wanted = lora.attach(model, rank=rank, alpha=alpha, generator=generator, zeros=zeros)
-        wanted = [*wanted, *(parameter for rewrite in rewrites for parameter in rewrite.beside_adapters(model))]
     elif mode == "deltas":
         wanted = [parameter for rewrite in rewrites for parameter in rewrite.trainable(model)]
     else:
         wanted = list(model.parameters())
+    if mode != "full":
+        wanted = [*wanted, *(parameter for rewrite in rewrites for parameter in rewrite.beside_adapters(model))]
     chosen = {id(parameter) for parameter in wanted}
     try:
         yield {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}

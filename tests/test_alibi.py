@@ -15,7 +15,7 @@ from compressor import gpt2, models
 from compressor.artifacts import provenance
 from compressor.checkpoint_config import check_config
 from compressor.errors import UserError
-from compressor.finetune import StateFolder, finetune
+from compressor.finetune import StateFolder, finetune, resolve_train
 from compressor.metrics.size import parameters
 from compressor.modeling.alibi import geometric_slopes
 from compressor.rewrites import from_record
@@ -134,9 +134,25 @@ def test_fitted_slopes_are_a_least_squares_line_through_all_pairs(original):
 def test_learned_slopes_begin_as_fitted(original):
     one, other = (made(original, slopes=slopes, anneal=0) for slopes in ("fitted", "learned"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    rewrites = {slopes: from_record({"rewrite": "alibi", "slopes": slopes}) for slopes in ("fitted", "learned")}
     assert all((gpt2.attention(one, layer).alibi.slopes(1.0) >= 8 / 64 - 1e-6).all() for layer in range(6))
-    assert rewrites["fitted"].trainable(one) == [] and len(rewrites["learned"].trainable(one)) == 6
+
+
+@pytest.mark.parametrize("slopes", ["fitted", "learned"])
+def test_what_is_new_trains_beside_adapters_and_deltas(original, alignment, slopes):
+    """alibi has no deltas of its own: slopes alone do not replace positions."""
+    alibi, blocks = from_record({"rewrite": "alibi", "slopes": slopes}), toy_blocks(original.config, rows=4)
+    shared = from_record({"rewrite": "soft_shared", "n": 3, "rank": 2}).resolved(original.config)
+    assert resolve_train("auto", made(original, slopes=slopes), [alibi]) == "lora"
+    for rewrites, mode in (([alibi], "lora"), ([shared, alibi], "deltas")):
+        model = apply(rewrites, original, alignment, calibration=blocks)
+        before = copy.deepcopy(model.state_dict())
+        assert finetune(model, blocks, None, rewrites=rewrites, **SETTINGS).train == mode
+        after = model.state_dict()
+        mean = after["transformer.wte.weight"] - before["transformer.wte.weight"]
+        assert not torch.equal(after["transformer.wpe.first"], before["transformer.wpe.first"])
+        assert (mean[0] - before["transformer.wpe.mean"]).abs().max() > 1e-3
+        moved = [not torch.equal(after[key], before[key]) for key in after if "log_slopes" in key]
+        assert len(moved) == 6 and set(moved) == {slopes == "learned"}
 
 
 # ---------------------------------------------------------------- the function

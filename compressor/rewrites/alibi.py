@@ -68,15 +68,11 @@ class Alibi(Rewrite):
         else:
             gpt2.put(gpt2.trunk(model).wte, "weight", gpt2.embeddings(model) + mean)
 
-    def trainable(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
-        if self.slopes != "learned":
-            return []
-        return [gpt2.attention(model, layer).alibi.log_slopes for layer in range(model.config.n_layer)]
-
     def beside_adapters(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
         wpe, layers = gpt2.trunk(model).wpe, range(model.config.n_layer)
-        found = [wpe.first, *(gpt2.attention(model, layer).alibi.first for layer in layers), *self.trainable(model)]
-        return [*found, wpe.mean] if wpe.learned else found
+        biases = [gpt2.attention(model, layer).alibi for layer in layers]
+        found = [wpe.first, *(bias.first for bias in biases), *([wpe.mean] if wpe.learned else [])]
+        return [*found, *(bias.log_slopes for bias in biases)] if self.slopes == "learned" else found
 
     def anneals(self, model: GPT2LMHeadModel) -> bool:
         return model.config.alibi["learned_positions"]

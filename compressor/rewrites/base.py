@@ -150,7 +150,7 @@ class Rewrite(ABC):
         return []
 
     def beside_adapters(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
-        """What `--train lora` tunes besides adapters: parameters of no linear, which adapters stand for."""
+        """What `--train deltas` and `--train lora` tune too: parameters of no linear, which adapters stand for."""
         return []
 
     def penalty(self, model: GPT2LMHeadModel) -> Tensor | None:
