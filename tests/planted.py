@@ -114,7 +114,8 @@ def extrapolation(base: float, ratios: dict[int, float], *, takes: int | None = 
     found = []
     for protocol, factor in (("sliding", 1.0), ("non-overlapping", 1.1)):
         for length in sorted({256, *ratios}):
-            value, stride = factor * base * ratios.get(length, 1.0), length // (2 if protocol == "sliding" else 1)
+            value = factor * base * ratios.get(length, 1.0)
+            stride = round(shared["stride_share"] * length) if protocol == "sliding" else length
             settings = {"protocol": protocol, "context": length, "stride": stride, **shared}
             spread = {"standard_error": value / 100, "ratio_error": 0.004, "method": "delta method"}
             found.append(MetricResult("length_perplexity", value, "per token", False, 4095, spread, settings))

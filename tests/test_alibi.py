@@ -293,6 +293,17 @@ def test_biases_of_bfloat16_are_those_of_float32(endless):
         assert apart.mean() < 0.02 and apart.max() < 0.06  # total variation
 
 
+def test_products_that_carry_the_bias_are_exact_in_bfloat16(endless):
+    own, tokens = copy.deepcopy(endless).transformer.h[0].attn.alibi, 1500
+    with torch.no_grad():
+        own.log_slopes.copy_(torch.tensor([0.5, 0.25, 0.125, 0.0625]).log())
+        query, key = (torch.zeros(1, 4, size, 8, dtype=torch.bfloat16) for size in (3, tokens))
+        wider = own.widened(query, key, 1.0, 0.5)
+    found = 0.5 * wider[0].double() @ wider[1].double().transpose(-1, -2)
+    behind = torch.arange(tokens) - torch.arange(tokens - 3, tokens)[:, None]
+    assert torch.equal(found[0], torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None].double() * behind)
+
+
 def test_reloads_and_goes_beyond_its_positions(endless, tmp_path):
     model, ids = copy.deepcopy(endless), some_ids()
     with torch.no_grad():

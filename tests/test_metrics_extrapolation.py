@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -236,6 +237,14 @@ def test_a_cache_that_loses_its_biases_is_found_out(alibi, tiny_tokenizer, text,
     monkeypatch.setattr(kind, "bias", lambda self, query, keys, share: query.new_zeros(1, query.shape[1], 1, keys))
     results = measure(subject(alibi, tiny_tokenizer), text, max_tokens=300)
     assert max(item.settings["cache_gap"] or 0 for item in results if item.metric == "repetition") > 1e-3
+
+
+def test_the_end_of_text_that_may_not_be_chosen_is_no_gap(alibi, tiny_tokenizer, text):
+    model = copy.deepcopy(alibi)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.add_(9 * model.transformer.wte.weight[0])
+    results = measure(subject(model, tiny_tokenizer), text, max_tokens=300)
+    assert max(item.settings["cache_gap"] or 0 for item in results if item.metric == "repetition") < 1e-4
 
 
 def test_repetition():

@@ -121,6 +121,11 @@ def test_two_texts_are_two_tables():
     assert values == ["20.00", "30.00"]
 
 
+def test_windows_of_other_strides_are_two_tables():
+    whole = report(row("original", [*extrapolation(20, RATIOS), *extrapolation(30, RATIOS, stride_share=0.25)]))
+    assert len(reaches(whole, Gaps(whole))) == 2
+
+
 def test_other_trained_lengths_are_not_mixed():
     short = extrapolation(30, {512: 2.0}, takes=None, trained=128)
     whole = report(row("original", extrapolation(20, RATIOS)), row("other", short))

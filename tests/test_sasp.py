@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 from toy import toy_alignment, toy_blocks, toy_gpt2
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, StaticCache
 
 from compressor import gpt2
 from compressor.errors import UserError
 from compressor.finetune import finetune, resolve_train
+from compressor.modeling.shaped import AttentionShape
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply, check, structure
 from compressor.rewrites.sasp import Sasp
@@ -123,6 +124,22 @@ def test_pads_are_no_tokens(original, alignment, parallel):
     for row, skipped in enumerate(pads):
         kept = IDS[row : row + 1, : IDS.shape[1] - skipped]
         assert (right[row, : kept.shape[1]] - by_hand(model, kept)[0]).abs().max() < 1e-10
+
+
+def test_a_cache_of_one_size_is_refused(original, alignment):
+    """What is not written yet would count as tokens."""
+    model = shaped(original, alignment)
+    with pytest.raises(ValueError, match=r"a cache that grows, DynamicCache; got StaticCache"):
+        logits(model, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+
+
+def test_sums_of_many_tokens_are_finite_in_float16():
+    shape = AttentionShape(2).to(torch.float16)
+    with torch.no_grad():
+        shape.mean.fill_(-1.0)
+        value = torch.full((1, 2, 1000, 4), 100.0, dtype=torch.float16)
+        found = shape(torch.zeros(1, 1000, 2, 4, dtype=torch.float16), value, None)
+    assert torch.equal(found, torch.full_like(found, 100.0))
 
 
 @pytest.mark.parametrize("parallel", [False, True])

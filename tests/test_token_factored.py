@@ -214,6 +214,15 @@ def test_no_small_change_of_a_projection_is_better(original, text, stage):
 
 
 @torch.no_grad()
+def test_dropout_of_embeddings_is_one_for_both_streams(original, text):
+    """xe = x - xt would begin as noise else."""
+    model = copy.deepcopy(made(original, text, stage="exact"))
+    model.transformer.drop.p = 0.5
+    torch.manual_seed(0)
+    x, xt = model.transformer.drop.train()(torch.ones(2, 3, 64, D))
+    assert torch.equal(x, xt) and 0.4 < float((x == 0).float().mean()) < 0.6
+
+
 def test_mixing_heads_is_the_explicit_kronecker_product():
     torch.manual_seed(0)
     mixing = HeadMixing(3, 12, bias=True)
