@@ -298,10 +298,12 @@ def test_products_that_carry_the_bias_are_exact_in_bfloat16(endless):
     with torch.no_grad():
         own.log_slopes.copy_(torch.tensor([0.5, 0.25, 0.125, 0.0625]).log())
         query, key = (torch.zeros(1, 4, size, 8, dtype=torch.bfloat16) for size in (3, tokens))
-        wider = own.widened(query, key, 1.0, 0.5)
+        wider = own.widened(query, key, tokens - 3, 1.0, 0.5, torch.zeros(1, dtype=torch.int64))
     found = 0.5 * wider[0].double() @ wider[1].double().transpose(-1, -2)
     behind = torch.arange(tokens) - torch.arange(tokens - 3, tokens)[:, None]
-    assert torch.equal(found[0], torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None].double() * behind)
+    wanted = torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None].double() * behind
+    assert torch.equal(found[0, :, :, 1:], wanted[:, :, 1:])
+    assert torch.allclose(found[0, :, :, 0], own.first.double()[:, None], rtol=2**-7)
 
 
 def test_reloads_and_goes_beyond_its_positions(endless, tmp_path):

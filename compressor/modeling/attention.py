@@ -117,8 +117,6 @@ class CompressedAttention(GPT2Attention):
         where the implementation has them, the weights."""
         start = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))  # a static one counts on in place
         if cache is not None:
-            if self.shape is not None and cache.is_compileable:
-                raise ValueError(f"shaped attention takes a cache that grows, DynamicCache; got {type(cache).__name__}")
             key, value = cache.update(key, value, self.layer_idx)
         values = value[:, :, : start + query.shape[2]]  # of a static cache all are as long as it may get
         kind = self.config._attn_implementation
