@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from .. import gpt2
 from ..errors import UserError
 from ..modeling.alibi import geometric_slopes
-from .alibi_fit import first_bias, fitted_slopes
+from .alibi_fit import fitted_slopes
 from .base import FitContext, Rewrite
 from .structure import add_structure, without_structure
 
@@ -58,7 +58,7 @@ class Alibi(Rewrite):
         for layer, own in places.items():
             biases = gpt2.attention(model, own).alibi
             gpt2.put(biases, "log_slopes", slopes[layer].log())
-            gpt2.put(biases, "first", first_bias(slopes[layer], config.n_positions))
+            gpt2.put(biases, "first", torch.zeros(config.n_head))
         positions = gpt2.positions(context.original)
         mean = positions[1:].mean(0) if len(positions) > 1 else positions[0]
         wpe = gpt2.trunk(model).wpe

@@ -64,11 +64,3 @@ def fitted_slopes(
     centred = distance - (weight * distance).sum()
     spread = (weight * centred.square()).sum()
     return {layer: (-(weight * centred * mean).sum(1) / spread).clamp_min(0).float() for layer, mean in means.items()}
-
-
-def first_bias(slopes: Tensor, context: int) -> Tensor:
-    """The bias float[heads] of the first token's key with which it keeps its share of attention, where attention is
-    even and half a context is seen: the biases leave of n tokens as much as sum exp(-m k) over 0 <= k < n."""
-    seen = context // 2
-    left = torch.expm1(-slopes.double() * seen) / torch.expm1(-slopes.double())
-    return (left / seen).log().to(slopes.dtype)
