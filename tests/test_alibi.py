@@ -44,7 +44,7 @@ def logits(model, ids, **arguments):
         return model(ids, **arguments).logits
 
 
-def reference(original, ids, share, slopes):
+def reference(original, ids, share, slopes, first=(0.0, 0.0, 0.0, 0.0)):
     """Plain GPT-2, whose positions add nothing, with the embeddings and the biases as its inputs."""
     plain = copy.deepcopy(original)
     plain.set_attn_implementation("eager")
@@ -57,7 +57,7 @@ def reference(original, ids, share, slopes):
     added[0] += (1 - share) * (positions[0] - mean)
     behind = torch.arange(tokens) - torch.arange(tokens)[:, None]
     bias = torch.tensor(slopes)[:, None, None] * behind
-    bias[:, :, 0] = 0
+    bias[:, :, 0] = torch.tensor(first)[:, None]
     bias = (1 - share) * bias
     bias = bias.masked_fill(behind > 0, float("-inf"))[None].expand(len(ids), -1, -1, -1)
     with torch.no_grad():
@@ -208,12 +208,17 @@ class TestBeyondItsPositions:
     def test_against_plain_gpt2_with_the_biases(self, endless, original, kind):
         model, ids = copy.deepcopy(endless), some_ids()
         model.set_attn_implementation(kind)
-        wanted = reference(original, ids, 0.0, geometric_slopes(4))
-        found = logits(model, ids)
+        first = (-1.0, 0.5, 2.0, -3.0)
+        with torch.no_grad():
+            for block in model.transformer.h:
+                block.attn.alibi.first.copy_(torch.tensor(first))
+        wanted, found = reference(original, ids, 0.0, geometric_slopes(4), first), logits(model, ids)
         assert (found.log_softmax(-1) - wanted.log_softmax(-1)).abs().max() <= 1e-4
 
     def test_cached(self, endless, kind):
         model, ids = copy.deepcopy(endless), some_ids()
+        with torch.no_grad():
+            model.transformer.h[1].attn.alibi.first.fill_(3.0)
         model.set_attn_implementation(kind)
         full, cache, parts = logits(model, ids), None, []
         with torch.no_grad():
@@ -297,6 +302,7 @@ def test_products_that_carry_the_bias_are_exact_in_bfloat16(endless):
     own, tokens = copy.deepcopy(endless).transformer.h[0].attn.alibi, 1500
     with torch.no_grad():
         own.log_slopes.copy_(torch.tensor([0.5, 0.25, 0.125, 0.0625]).log())
+        own.first.copy_(torch.tensor([-1.4, 0.3, 8.0, -20.0]))
         query, key = (torch.zeros(1, 4, size, 8, dtype=torch.bfloat16) for size in (3, tokens))
         wider = own.widened(query, key, tokens - 3, 1.0, 0.5, torch.zeros(1, dtype=torch.int64))
     found = 0.5 * wider[0].double() @ wider[1].double().transpose(-1, -2)
