@@ -108,8 +108,9 @@ def test_a_plain_model_has_no_figure_beyond_its_positions_and_says_why(found, pl
 def test_the_ratio_has_the_error_of_what_differs_on_the_same_tokens(found):
     own = lengths(found)
     assert own["sliding", 16].spread["ratio_error"] == 0
-    for item in own.values():
-        assert item.spread["ratio_error"] < item.spread["standard_error"] / item.value, "texts differ more than models"
+    alone = {key: item.spread["standard_error"] / item.value for key, item in own.items()}
+    for key, item in own.items():  # of two texts it would be the root of both squares
+        assert item.spread["ratio_error"] < 0.9 * math.hypot(alone[key], alone["sliding", 16])
 
 
 def test_settings_change_what_they_name(alibi, tiny_tokenizer, text):
@@ -234,7 +235,7 @@ def test_text_past_the_trained_length_is_what_generation_without_cache_writes(fo
 
 def test_a_cache_that_loses_its_biases_is_found_out(alibi, tiny_tokenizer, text, monkeypatch):
     kind = type(gpt2.attention(alibi, 0).alibi)  # this one is taken for one token behind a cache
-    monkeypatch.setattr(kind, "bias", lambda self, query, keys, share: query.new_zeros(1, query.shape[1], 1, keys))
+    monkeypatch.setattr(kind, "bias", lambda self, query, keys, *_: query.new_zeros(1, query.shape[1], 1, keys))
     results = measure(subject(alibi, tiny_tokenizer), text, max_tokens=300)
     assert max(item.settings["cache_gap"] or 0 for item in results if item.metric == "repetition") > 1e-3
 
