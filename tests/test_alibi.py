@@ -134,7 +134,10 @@ def test_fitted_slopes_are_a_least_squares_line_through_all_pairs(original):
 def test_learned_slopes_begin_as_fitted(original):
     one, other = (made(original, slopes=slopes, anneal=0) for slopes in ("fitted", "learned"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    assert all((gpt2.attention(one, layer).alibi.slopes(1.0) >= 8 / 64 - 1e-6).all() for layer in range(6))
+    steeper = made(original, slopes="fitted", anneal=0, least=20.0)
+    for model, least in ((one, 8), (steeper, 20)):
+        lowest = min(gpt2.attention(model, layer).alibi.slopes(1.0).min().item() for layer in range(6))
+        assert lowest == pytest.approx(least / 64)
 
 
 @pytest.mark.parametrize("slopes", ["fitted", "learned"])
@@ -408,6 +411,8 @@ def test_what_is_refused(original):
     config = original.config
     with pytest.raises(UserError, match=r"anneal is 1.5; allowed: 0 to 1"):
         from_record({"rewrite": "alibi", "anneal": 1.5}).check(config)
+    with pytest.raises(UserError, match=r"least is 0.0; allowed: above 0, in nats"):
+        from_record({"rewrite": "alibi", "least": 0.0}).check(config)
     with pytest.raises(UserError, match="alibi and efficient_attention"):
         structure([from_record({"rewrite": "linformer"}), from_record({"rewrite": "alibi"})], config)
     with pytest.raises(UserError, match="fall with distance"):
@@ -430,4 +435,4 @@ def test_beside_other_rewrites(original, alignment):
     assert model.config.n_layer == 5 and logits(model, some_ids()).isfinite().all()
     slopes = fitted_slopes(original, toy_blocks(original.config, rows=4).batches(), [4])[4]
     assert torch.allclose(gpt2.attention(model, 4).alibi.slopes(1.0), slopes.clamp_min(8 / 64), rtol=1e-4)
-    assert dataclasses.asdict(rewrites[2]) == {"slopes": "fitted", "anneal": 0}
+    assert dataclasses.asdict(rewrites[2]) == {"slopes": "fitted", "least": 8.0, "anneal": 0}

@@ -7,6 +7,7 @@ fade out during recovery while the biases fade in, and are dropped at its end.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,18 +22,18 @@ from .alibi_fit import fitted_slopes
 from .base import FitContext, Rewrite
 from .structure import add_structure, without_structure
 
-NATS = 8  # by which a fitted bias falls within the trained context at least: what is beyond counts for nothing
-
 
 @dataclass(frozen=True)
 class Alibi(Rewrite):
     """slopes: geometric, the paper's, for any number of heads; fitted, those of the model's own attention on
-    calibration text; learned, which begin as fitted and train with the rest. anneal: the share of the recovery's steps
-    in which learned positions fade out; 0 drops them at once, in the rewrite."""
+    calibration text; learned, which begin as fitted and train with the rest. least: nats by which a fitted bias falls
+    within the trained context at least; more let what is beyond disturb less, and cost sight. anneal: the share of the
+    recovery's steps in which learned positions fade out; 0 drops them at once, in the rewrite."""
 
     name = "alibi"
 
     slopes: Literal["geometric", "fitted", "learned"] = "fitted"
+    least: float = 8.0
     anneal: float = 0.5
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
@@ -41,6 +42,8 @@ class Alibi(Rewrite):
     def check(self, base: GPT2Config) -> None:
         if not 0 <= self.anneal <= 1:
             raise UserError(f"alibi: anneal is {self.anneal}; allowed: 0 to 1, a share of the recovery's steps")
+        if not 0 < self.least < math.inf:
+            raise UserError(f"alibi: least is {self.least}; allowed: above 0, in nats")
 
     def config(self, base: GPT2Config) -> GPT2Config:
         entry = {"slopes": self.slopes, "learned_positions": self.anneal > 0, "first": True}
@@ -52,7 +55,7 @@ class Alibi(Rewrite):
             slopes = {layer: torch.tensor(geometric_slopes(config.n_head)) for layer in places}
         else:
             context.progress("attention by distance")
-            least = NATS / config.n_positions
+            least = self.least / config.n_positions
             found = fitted_slopes(context.original, context.batches(), list(places))
             slopes = {layer: own.clamp_min(least) for layer, own in found.items()}
         for layer, own in places.items():
