@@ -146,6 +146,17 @@ def position_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in trunk(model).wpe.parameters())
 
 
+def position_layer(model: PreTrainedModel) -> Any:
+    """The module that adds what tells positions apart."""
+    return trunk(model).wpe
+
+
+def put_embeddings(model: PreTrainedModel, tensor: Tensor) -> None:
+    """Give the tokens these embeddings, [vocabulary, d], in a new parameter: the old one may be another model's too."""
+    put(trunk(model).wte, "weight", tensor)
+    model.tie_weights()
+
+
 def feature_bank(model: PreTrainedModel) -> Any:
     """The feature banks of a compressed model's Tversky projections, by their keys."""
     return trunk(model).feature_bank

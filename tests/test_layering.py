@@ -168,7 +168,7 @@ SPELLED = {
     "gpt2": NAMES,
     "checkpoint": {"attn"},  # buffers of old checkpoints that are not this package's
     "capture": {"c_fc", "c_proj", "c_attn"},  # where the hooks sit
-    "rewrites.alibi": {"wpe", "wte", "lm_head"},  # what it takes the place of, and where the positions' mean goes
+    "rewrites.alibi": {"wpe", "lm_head"},  # sites are GPT-2's own paths
     "rewrites.base": {"h", "ln_1", "ln_2", "mlp", "attn"},  # sites are GPT-2's own paths
     "rewrites.compressed_n": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "ln_1", "ln_2"},  # combines whole blocks
     "rewrites.efficient": {"attn"},  # a site is GPT-2's own path

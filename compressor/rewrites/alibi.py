@@ -64,17 +64,17 @@ class Alibi(Rewrite):
             gpt2.put(biases, "first", torch.zeros(config.n_head))
         positions = gpt2.positions(context.original)
         mean = positions[1:].mean(0) if len(positions) > 1 else positions[0]
-        wpe = gpt2.trunk(model).wpe
-        gpt2.put(wpe, "first", positions[0] - mean)
+        added = gpt2.position_layer(model)
+        gpt2.put(added, "first", positions[0] - mean)
         if self.anneal:
-            gpt2.put(wpe, "mean", mean)
+            gpt2.put(added, "mean", mean)
         else:
-            gpt2.put(gpt2.trunk(model).wte, "weight", gpt2.embeddings(model) + mean)
+            gpt2.put_embeddings(model, gpt2.embeddings(model) + mean)
 
     def beside_adapters(self, model: GPT2LMHeadModel) -> list[nn.Parameter]:
-        wpe, layers = gpt2.trunk(model).wpe, range(model.config.n_layer)
+        added, layers = gpt2.position_layer(model), range(model.config.n_layer)
         biases = [gpt2.attention(model, layer).alibi for layer in layers]
-        found = [wpe.first, *(bias.first for bias in biases), *([wpe.mean] if wpe.learned else [])]
+        found = [added.first, *(bias.first for bias in biases), *([added.mean] if added.learned else [])]
         return [*found, *(bias.log_slopes for bias in biases)] if self.slopes == "learned" else found
 
     def anneals(self, model: GPT2LMHeadModel) -> bool:
@@ -82,13 +82,12 @@ class Alibi(Rewrite):
 
     def on_step(self, model: GPT2LMHeadModel, progress: float) -> None:
         if self.anneals(model):
-            gpt2.trunk(model).wpe.share = max(0.0, 1 - progress / self.anneal)
+            gpt2.position_layer(model).share = max(0.0, 1 - progress / self.anneal)
 
     def finish(self, model: GPT2LMHeadModel) -> None:
         if self.anneals(model):
-            mean = gpt2.trunk(model).wpe.dropped()
-            gpt2.put(gpt2.trunk(model).wte, "weight", gpt2.embeddings(model) + mean)  # it may be the original's own
-            model.tie_weights()
+            mean = gpt2.position_layer(model).dropped()
+            gpt2.put_embeddings(model, gpt2.embeddings(model) + mean)
             model.config.alibi = {**model.config.alibi, "learned_positions": False}
 
     def finished(self, config: GPT2Config) -> GPT2Config:

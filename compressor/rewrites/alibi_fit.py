@@ -31,7 +31,7 @@ def scores_by_distance(
         query = query * mask[:, None, :, None]
         key = key * mask[:, None, :, None]
         key[:, :, 0] = 0
-        found = _spectrum(query, query.shape[2]) * _spectrum(key, key.shape[2]).conj()  # [rows, heads, frequency, dim]
+        found = _spectrum(query) * _spectrum(key).conj()  # [rows, heads, frequency, dim]
         total = found.sum((0, 3)).to(torch.complex128).cpu()
         spectra[layer] = spectra[layer] + total if layer in spectra else total
 
@@ -41,7 +41,8 @@ def scores_by_distance(
         real = mask.double().cpu()
         later = real.clone()
         later[:, 0] = 0
-        counted = (torch.fft.rfft(real, 2 * width) * torch.fft.rfft(later, 2 * width).conj()).sum(0)
+        one, other = (_spectrum(part[:, None, :, None]) for part in (real, later))
+        counted = (one * other.conj()).sum((0, 1, 3))
         pairs = counted if pairs is None else pairs + counted
     assert pairs is not None
     count = torch.fft.irfft(pairs)[:width].round()
@@ -50,8 +51,9 @@ def scores_by_distance(
     return {layer: scaling[layer] * total / count.clamp_min(1) for layer, total in sums.items()}, count
 
 
-def _spectrum(x: Tensor, width: int) -> Tensor:
-    return torch.fft.rfft(x, 2 * width, dim=2)
+def _spectrum(x: Tensor) -> Tensor:
+    """Over the tokens of float[rows, heads, tokens, dim], with as many zeros behind: nothing wraps around."""
+    return torch.fft.rfft(x, 2 * x.shape[2], dim=2)
 
 
 def fitted_slopes(

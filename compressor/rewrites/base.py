@@ -249,6 +249,11 @@ def sites_of(layers: Iterable[int], leaves: Sequence[str]) -> frozenset[str]:
     return frozenset(f"h.{layer}.{leaf}" for layer in layers for leaf in leaves)
 
 
+def layers_of(layers: list | None, base: GPT2Config) -> list[int]:
+    """The layers that a rewrite's `layers` stands for, ascending; None is all."""
+    return list(range(base.n_layer)) if layers is None else sorted(layers)
+
+
 def check_layers(name: str, layers: list | None, base: GPT2Config) -> None:
     """Raises UserError, which names the rewrite, for `layers` that are not different ones of the model; None is all."""
     if layers is not None and (

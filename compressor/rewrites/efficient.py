@@ -20,7 +20,7 @@ from .. import gpt2
 from ..checkpoint_attention import MOST
 from ..errors import UserError
 from ..modeling.attention import far_of
-from .base import FitContext, Rewrite, check_layers, sites_of
+from .base import FitContext, Rewrite, check_layers, layers_of, sites_of
 from .distillation import Loss, distill
 from .structure import add_structure
 
@@ -49,20 +49,17 @@ class EfficientAttention(Rewrite):
             raise UserError(f"{self.name}: distill_learning_rate is {self.distill_learning_rate}; allowed: above 0")
 
     def resolved(self, base: GPT2Config) -> EfficientAttention:
-        return dataclasses.replace(self, layers=self._layers(base))
-
-    def _layers(self, base: GPT2Config) -> list[int]:
-        return list(range(base.n_layer)) if self.layers is None else sorted(self.layers)
+        return dataclasses.replace(self, layers=layers_of(self.layers, base))
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
-        return sites_of(self._layers(base), ["attn.scores"])
+        return sites_of(layers_of(self.layers, base), ["attn.scores"])
 
     def config(self, base: GPT2Config) -> GPT2Config:
-        entry = {"kind": self.name, "layers": self._layers(base), "block": self.block, **self.knobs()}
+        entry = {"kind": self.name, "layers": layers_of(self.layers, base), "block": self.block, **self.knobs()}
         return add_structure(base, "efficient_attention", [entry])
 
     def fit(self, model: GPT2LMHeadModel, context: FitContext) -> None:
-        places = {context.layers[layer]: layer for layer in self._layers(context.original.config)}
+        places = {context.layers[layer]: layer for layer in layers_of(self.layers, context.original.config)}
         for entry in model.config.efficient_attention:
             for layer in set(entry["layers"]) & places.keys():
                 attention = gpt2.attention(model, layer)

@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2
 from ..errors import UserError
-from .base import FitContext, Rewrite, check_layers, sites_of
+from .base import FitContext, Rewrite, check_layers, layers_of, sites_of
 from .structure import add_structure, without_structure
 
 
@@ -43,19 +43,18 @@ class Sasp(Rewrite):
                 raise UserError(f"sasp: {word} is {getattr(self, word)}; allowed: finite numbers")
 
     def resolved(self, base: GPT2Config) -> Sasp:
-        return dataclasses.replace(self, layers=self._layers(base))
-
-    def _layers(self, base: GPT2Config) -> list[int]:
-        return list(range(base.n_layer)) if self.layers is None else sorted(self.layers)
+        return dataclasses.replace(self, layers=layers_of(self.layers, base))
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
         """Of parallel blocks ln_2 too: it reads another sum."""
-        return sites_of(self._layers(base), ["attn.scores", "ln_2"] if self.parallel else ["attn.scores"])
+        return sites_of(layers_of(self.layers, base), ["attn.scores", "ln_2"] if self.parallel else ["attn.scores"])
 
     def config(self, base: GPT2Config) -> GPT2Config:
         if getattr(base, "shaped_attention", None):
             raise UserError("a recipe can have sasp once; give it all of its layers")
-        return add_structure(base, "shaped_attention", {"layers": self._layers(base), "parallel": self.parallel})
+        return add_structure(
+            base, "shaped_attention", {"layers": layers_of(self.layers, base), "parallel": self.parallel}
+        )
 
     def fit(self, model: GPT2LMHeadModel, context: FitContext) -> None:
         heads, device = model.config.n_head, gpt2.device(context.original)

@@ -22,7 +22,7 @@ from .. import gpt2, models
 from ..capture import Batch
 from ..errors import UserError
 from ..modeling.streams import STAGES, HeadMixing
-from .base import FitContext, Rewrite, check_layers, sites_of
+from .base import FitContext, Rewrite, check_layers, layers_of, sites_of
 from .stream_diagnosis import diagnose
 from .structure import add_structure, without_structure
 from .token_factored_fit import Settings, fit_values
@@ -61,17 +61,16 @@ class TokenFactored(Rewrite):
         return STAGES[self.stage][0] is not None
 
     def resolved(self, base: GPT2Config) -> TokenFactored:
-        return dataclasses.replace(self, layers=self._layers(base))
-
-    def _layers(self, base: GPT2Config) -> list[int]:
-        return list(range(base.n_layer)) if self.layers is None else sorted(self.layers)
+        return dataclasses.replace(self, layers=layers_of(self.layers, base))
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
-        own = sites_of(self._layers(base), [f"attn.{part}" for part in "qkvo"]) if self._apart else frozenset()
+        own = (
+            sites_of(layers_of(self.layers, base), [f"attn.{part}" for part in "qkvo"]) if self._apart else frozenset()
+        )
         return own | {"streams"}
 
     def config(self, base: GPT2Config) -> GPT2Config:
-        layers = self._layers(base) if self._apart else list(range(base.n_layer))
+        layers = layers_of(self.layers, base) if self._apart else list(range(base.n_layer))
         entry = {"stage": self.stage, "layers": layers, "value_norm": self.value_norm, "bias": self.bias}
         return add_structure(base, "token_factored", entry)
 
@@ -79,7 +78,7 @@ class TokenFactored(Rewrite):
         if not self._apart:
             return
         original, base = context.original, context.original.config
-        layers = self._layers(base)
+        layers = layers_of(self.layers, base)
         alone = models.build(self.config(base)).to(original.dtype).eval()  # type: ignore[arg-type]
         alone.load_state_dict(original.state_dict(), strict=False, assign=True)
         steps, rate = self.distill_steps, self.distill_learning_rate

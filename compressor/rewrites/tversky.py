@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..modeling.tversky import FORM, SCALARS
 from ..modeling.tversky_layers import TARGETS, TverskyPlace, tversky_places
 from ..windows import check_length, tiles, window
-from .base import FitContext, Rewrite, check_layers
+from .base import FitContext, Rewrite, check_layers, layers_of
 from .structure import add_structure, without_structure
 from .tversky_diagnosis import diagnose
 from .tversky_fit import LEAVES, Fit, dense_tensors, projections
@@ -190,7 +190,7 @@ class Tversky(Rewrite):
             if self.start is None:
                 return [list(item.layers) for item in tiles(base.n_layer, self.n, "first")]
             return [list(window(base.n_layer, self.start, self.n, "first").layers)]
-        layers = list(range(base.n_layer)) if self.layers is None else sorted(self.layers)
+        layers = layers_of(self.layers, base)
         return [[layer] for layer in layers] if self.share == "layer" else [layers]
 
     def _features(self, base: GPT2Config) -> dict[int, int]:
