@@ -1,6 +1,6 @@
 """What attention in blocks costs in perplexity, by kind and knob: right after the rewrite, distilled, recovered.
 
-    python -m benchmarks.attention_quality MODEL [--data D --test D] [--recover] [--out FILE.md] [--state FILE.json]
+    python benchmarks/attention_quality.py MODEL [--data D --test D] [--recover] [--out FILE.md] [--state FILE.json]
 
 Every layer gets it, with exact blocks of --block tokens; the test is taken at the full context, of which the exact
 blocks are a small part. "nothing": the completed blocks are not seen at all, which is what any kind must beat; "log s
@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 import transformers
+from texts import open_texts
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-from compressor import alignment, data, gpt2, models
+from compressor import alignment, gpt2, models
 from compressor.finetune import finetune
 from compressor.metrics.cache import cache_bytes
-from compressor.metrics.perplexity import perplexity
 from compressor.metrics.size import parameters
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply
@@ -98,17 +98,9 @@ def main() -> None:
     opened = models.open_model(options.model)
     config = opened.model.config
     context = options.context or config.n_positions
-    sources: Any = {part: options.data for part in ("calibration", "selection", "training")}
-    sources["test"] = options.test or options.data
-    texts = {part: data.recipe_text(sources, part) for part in sources}
-
-    def blocks(part: str, tokens: int) -> data.TokenBlocks:
-        return data.token_blocks(
-            texts[part], opened.tokenizer, context=context, max_tokens=tokens, seed=options.seed, evenly=True
-        )
-
-    calibration, selection = blocks("calibration", 16384), blocks("selection", 8192)
-    training = blocks("training", options.steps * options.batch_tokens)
+    texts = open_texts(opened, options.data, options.test, options.seed)
+    calibration, selection = texts.blocks("calibration", 16384, context), texts.blocks("selection", 8192, context)
+    training = texts.blocks("training", options.steps * options.batch_tokens, context)
     unaligned = alignment.identity(config)
     done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
 
@@ -119,9 +111,7 @@ def main() -> None:
         return value
 
     def test(model: GPT2LMHeadModel) -> float:
-        return perplexity(
-            model, opened.tokenizer, texts["test"], context=context, stride=context, max_tokens=options.test_tokens
-        )[0].value
+        return texts.perplexity(model, context, options.test_tokens)
 
     def made(row: Row, steps: int) -> tuple[GPT2LMHeadModel, list[Any]]:
         model = models.open_model(options.model).model
@@ -180,7 +170,7 @@ def table(lines: list[Any], options: argparse.Namespace, context: int) -> str:
         f"overlap; exact blocks of {options.block}; distilled: {options.distill} steps; recovery: {options.steps} "
         f"steps of {options.batch_tokens:,} tokens.",
         "",
-        f"`python -m benchmarks.attention_quality {Path(options.model).name} {' '.join(told)}`",
+        f"`python benchmarks/attention_quality.py {Path(options.model).name} {' '.join(told)}`",
         "",
         "| attention | more parameters | cache | before | to the original | distilled | recovered | to the control |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

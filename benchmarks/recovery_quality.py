@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 import transformers
+from texts import open_texts
 from tqdm import tqdm
 
-from compressor import alignment, data, models
+from compressor import alignment, models
 from compressor.finetune import finetune
-from compressor.metrics.perplexity import perplexity
 from compressor.metrics.size import parameters
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply
@@ -74,17 +74,10 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
-    sources = {part: options.data for part in ("calibration", "selection", "training")} | {"test": options.test}
-    texts = {part: data.recipe_text(sources, part) for part in sources}
-
-    def blocks(part: str, tokens: int, context: int) -> data.TokenBlocks:
-        return data.token_blocks(
-            texts[part], opened.tokenizer, context=context, max_tokens=tokens, seed=options.seed, evenly=True
-        )
-
-    calibration = blocks("calibration", 16384, opened.model.config.n_positions)
-    training = blocks("training", options.steps * options.batch_tokens, options.context)
-    selection = blocks("selection", options.selection_tokens, options.context)
+    texts = open_texts(opened, options.data, options.test, options.seed)
+    calibration = texts.blocks("calibration", 16384, opened.model.config.n_positions)
+    training = texts.blocks("training", options.steps * options.batch_tokens, options.context)
+    selection = texts.blocks("selection", options.selection_tokens, options.context)
     aligned = alignment.align_activations(opened.model, calibration.batches())
     unaligned = alignment.identity(opened.model.config)
     done: dict[str, dict[str, Any]] = {}
@@ -92,10 +85,7 @@ def main() -> None:
         done = json.loads(options.state.read_text())
 
     def test(model: Any) -> float:
-        return perplexity(
-            model, opened.tokenizer, texts["test"], context=options.context, stride=options.context,
-            max_tokens=options.test_tokens,
-        )[0].value  # fmt: skip
+        return texts.perplexity(model, options.context, options.test_tokens)
 
     def key(row: Row) -> str:
         return json.dumps([*row, options.steps, options.batch_tokens, options.context, options.seed])
@@ -132,7 +122,7 @@ def main() -> None:
         tqdm.write(f"{row}: {done[start]['after']:.2f} -> {done[key(row)]['after']:.2f}", file=sys.stderr)
         if options.state:
             options.state.write_text(json.dumps(done))
-    text = table(done, key, options, opened.name, training, texts)
+    text = table(done, key, options, opened.name, training, texts.parts)
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
@@ -152,7 +142,7 @@ def table(done: dict[str, Any], key: Any, options: argparse.Namespace, name: str
         f"{options.context} without overlap; AdamW, cosine, penalty 1e-4, seed {options.seed}; torch "
         f"{torch.__version__}. Selection: {options.selection_tokens:,} tokens. Best control: {control:.2f}.",
         "",
-        "`python -m benchmarks.recovery_quality MODEL "
+        "`python benchmarks/recovery_quality.py MODEL "
         f"--data {Path(options.data).name} --test {Path(options.test).name}`",
         "",
         f"Test text {texts['test'].fingerprint[:12]}, training text {texts['training'].fingerprint[:12]}.",

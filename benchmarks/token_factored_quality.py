@@ -1,6 +1,6 @@
 """What two residual streams cost in perplexity, stage by stage: right after the rewrite, distilled, recovered.
 
-    python -m benchmarks.token_factored_quality MODEL [--data D --test D] [--recover] [--teacher] [--out FILE.md]
+    python benchmarks/token_factored_quality.py MODEL [--data D --test D] [--recover] [--teacher] [--out FILE.md]
         [--state FILE.json]
 
 Every layer gets the stage. Distilled: --distill steps of each layer's attention towards the original's hidden states
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from texts import open_texts
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-from compressor import alignment, data, models
+from compressor import alignment, models
 from compressor.finetune import finetune
 from compressor.metrics.flops import flops_per_token
-from compressor.metrics.perplexity import perplexity
 from compressor.metrics.size import parameters
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply
@@ -58,17 +58,12 @@ def main() -> None:
     opened = models.open_model(options.model)
     config = opened.model.config
     context = options.context or config.n_positions
-    sources: Any = {part: options.data for part in ("calibration", "selection", "training")}
-    sources["test"] = options.test or options.data
-    texts = {part: data.recipe_text(sources, part) for part in sources}
-
-    def blocks(part: str, tokens: int) -> data.TokenBlocks:
-        return data.token_blocks(
-            texts[part], opened.tokenizer, context=context, max_tokens=tokens, seed=options.seed, evenly=True
-        )
-
-    calibration, selection = blocks("calibration", options.calibration_tokens), blocks("selection", 8192)
-    training = blocks("training", options.steps * options.batch_tokens)
+    texts = open_texts(opened, options.data, options.test, options.seed)
+    calibration, selection = (
+        texts.blocks("calibration", options.calibration_tokens, context),
+        texts.blocks("selection", 8192, context),
+    )
+    training = texts.blocks("training", options.steps * options.batch_tokens, context)
     unaligned = alignment.identity(config)
     done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
     about = [context, options.test_tokens, options.calibration_tokens, options.seed]
@@ -83,9 +78,7 @@ def main() -> None:
         return done[key]
 
     def test(model: GPT2LMHeadModel) -> float:
-        return perplexity(
-            model, opened.tokenizer, texts["test"], context=context, stride=context, max_tokens=options.test_tokens
-        )[0].value
+        return texts.perplexity(model, context, options.test_tokens)
 
     def made(stage: str, steps: int) -> tuple[GPT2LMHeadModel, list[Any]]:
         model = models.open_model(options.model).model
@@ -137,7 +130,7 @@ def table(lines: list[Any], options: argparse.Namespace, context: int) -> str:
         f"overlap; distilled: {options.distill} steps a layer on {options.calibration_tokens:,} tokens; recovery: "
         f"{options.steps} steps of {options.batch_tokens:,} tokens.",
         "",
-        f"`python -m benchmarks.token_factored_quality {Path(options.model).name} {' '.join(told)}`",
+        f"`python benchmarks/token_factored_quality.py {Path(options.model).name} {' '.join(told)}`",
         "",
         "| stage | more parameters | operations a token | before | distilled | recovered | to the control |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

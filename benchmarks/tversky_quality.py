@@ -1,6 +1,6 @@
 """What a Tversky bank of K features costs, before and after recovery, beside soft_shared and plain SVD of equal size.
 
-    python -m benchmarks.tversky_quality MODEL [--data D --test D] [--recover] [--out FILE.md] [--state FILE.json]
+    python benchmarks/tversky_quality.py MODEL [--data D --test D] [--recover] [--out FILE.md] [--state FILE.json]
 
 K is a part of the input's width. Shared: one bank for all layers; unshared: each projection's own. pca, asvd: the
 features, with prototypes by least squares; svd: the plain truncated SVD of the weights in the same structure (no text
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from texts import open_texts
 from tqdm import tqdm
 from transformers import GPT2Config
 
-from compressor import alignment, data, models
+from compressor import alignment, models
 from compressor.finetune import finetune
-from compressor.metrics.perplexity import perplexity
 from compressor.metrics.size import parameters
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import apply, structure
@@ -86,28 +86,17 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
     config, targets = opened.model.config, options.targets.split(",")
-    sources: Any = {part: options.data for part in ("calibration", "selection", "training")}
-    sources["test"] = options.test or options.data
-    texts = {part: data.recipe_text(sources, part) for part in sources}
-
-    def blocks(part: str, tokens: int, context: int) -> data.TokenBlocks:
-        return data.token_blocks(
-            texts[part], opened.tokenizer, context=context, max_tokens=tokens, seed=options.seed, evenly=True
-        )
-
-    calibration = blocks("calibration", 16384, config.n_positions)
+    texts = open_texts(opened, options.data, options.test, options.seed)
+    calibration = texts.blocks("calibration", 16384, config.n_positions)
     training, selection = (
-        blocks("training", options.steps * options.batch_tokens, options.context),
-        blocks("selection", 8192, options.context),
+        texts.blocks("training", options.steps * options.batch_tokens, options.context),
+        texts.blocks("selection", 8192, options.context),
     )
     aligned = alignment.align_activations(opened.model, calibration.batches())
     done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
 
     def test(model: Any) -> float:
-        return perplexity(
-            model, opened.tokenizer, texts["test"], context=options.context, stride=options.context,
-            max_tokens=options.test_tokens,
-        )[0].value  # fmt: skip
+        return texts.perplexity(model, options.context, options.test_tokens)
 
     def key(row: Row, *more: Any) -> str:
         return json.dumps([row[2], options.context, options.test_tokens, *more])
@@ -151,7 +140,7 @@ def table(lines: list[Any], original: float, control: float, options: argparse.N
         f"context {options.context} without overlap; recovery: {options.steps} steps of "
         f"{options.batch_tokens:,} tokens.",
         "",
-        f"`python -m benchmarks.tversky_quality {Path(options.model).name} {' '.join(told)}`",
+        f"`python benchmarks/tversky_quality.py {Path(options.model).name} {' '.join(told)}`",
         "",
         "| model | K / d | parameters | before | to the original | after | to the control | best step |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
