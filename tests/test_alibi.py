@@ -153,6 +153,7 @@ def test_what_is_new_trains_beside_adapters_and_deltas(original, alignment, slop
         after = model.state_dict()
         mean = after["transformer.wte.weight"] - before["transformer.wte.weight"]
         assert not torch.equal(after["transformer.wpe.first"], before["transformer.wpe.first"])
+        assert all(after[key].any() for key in after if "alibi.first" in key)
         assert (mean[0] - before["transformer.wpe.mean"]).abs().max() > 1e-3
         moved = [not torch.equal(after[key], before[key]) for key in after if "log_slopes" in key]
         assert len(moved) == 6 and set(moved) == {slopes == "learned"}
@@ -176,7 +177,11 @@ def test_on_the_way(original, share, kind):
     model, ids = made(original, slopes="geometric", anneal=0.5), some_ids(tokens=64)
     model.set_attn_implementation(kind)
     from_record({"rewrite": "alibi", "anneal": 0.5}).on_step(model, 0.5 * (1 - share))
-    wanted = reference(original, ids, share, geometric_slopes(4))
+    first = (-1.0, 0.5, 2.0, -3.0)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.alibi.first.copy_(torch.tensor(first))
+    wanted = reference(original, ids, share, geometric_slopes(4), first)
     assert (logits(model, ids) - wanted).abs().max() <= 1e-5
 
 
