@@ -14,6 +14,7 @@ from transformers import AutoConfig, GPT2Config
 from transformers.activations import ACT2FN
 
 from .checkpoint_attention import MOST, check_attention, different
+from .checkpoint_nesting import check_nesting
 from .errors import UserError
 from .modeling import GPT2CompressedConfig
 from .modeling.tversky import DIFFERENCES, FORMS, INTERSECTIONS, PROTOTYPES, SCALARS
@@ -91,6 +92,7 @@ def check_config(where: str, config: GPT2Config) -> None:
             raise UserError(f"{where} has a layer twice in ffn_groups")
         _check_tversky(where, config)
         check_attention(where, config)  # asks where Tversky projections are
+        check_nesting(where, config)
 
 
 def _is_group(entry: Any, n_layer: int) -> bool:

@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel
 from . import gpt2, lora
 from .data import TokenBlocks
 from .errors import UserError, unknown
+from .nested_training import NestedObjective
 from .processes import LAUNCH, accelerator, processes
 from .rewrites import Rewrite
 from .training_loop import Evaluation, Loop, Step
@@ -156,9 +157,16 @@ def finetune(
     _check_numbers({**settings, "checkpoint_every": checkpoint_every, "forward_tokens": forward_tokens})
     attention = attention_while_training(model, width, low)
     zeros = [item for rewrite in rewrites for item in rewrite.zeros(model)]
+    nests = [nest for rewrite in rewrites if (nest := rewrite.nest(model)) is not None]
+    at_once = 1
     with _trainable(model, mode, rewrites, settings, zeros) as parameters:
+        given = model, teacher, settings["mix"], rewrites if penalty else (), low
+        objective = TokenObjective(*given)
+        if nests:
+            objective = NestedObjective(*given, nest=nests[0], seed=seed)
+            at_once = objective.at_once
         loop = Loop(
-            objective=TokenObjective(model, teacher, settings["mix"], rewrites if penalty else (), low),
+            objective=objective,
             parameters=parameters,
             training=TokenRows(blocks),
             selection=None if evaluation is None else TokenRows(evaluation),
@@ -167,7 +175,7 @@ def finetune(
             processes=shared,
             device=device,
             rows=max(1, batch_tokens // width),
-            forward_tokens=forward_tokens or tokens_at_once(device),
+            forward_tokens=forward_tokens or max(1, tokens_at_once(device) // at_once),
             progress=progress,
         )
         with ExitStack() as switched:

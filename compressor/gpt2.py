@@ -241,6 +241,31 @@ def device(model: PreTrainedModel) -> torch.device:
     return trunk(model).wte.weight.device
 
 
+def norms(model: PreTrainedModel) -> list[nn.LayerNorm]:
+    """Every LayerNorm in the order of the forward pass: attention's and the FFN's of each block, then the final one."""
+    return [norm for block in blocks(model) for norm in (block.ln_1, block.ln_2)] + [trunk(model).ln_f]
+
+
+def norm_key(index: int, layers: int) -> str:
+    """What the state-dict keys of a LayerNorm begin with; index: in `norms`."""
+    return f"transformer.h.{index // 2}.ln_{index % 2 + 1}" if index < 2 * layers else "transformer.ln_f"
+
+
+# of an FFN, what has an entry for each neuron
+FFN_OF_NEURONS = ("c_fc.weight", "c_fc.bias", "c_proj.weight")
+EMBEDDING_KEYS = ("transformer.wte.weight", "transformer.wpe.weight")
+
+
+def nesting(model: PreTrainedModel) -> Any:
+    """What belongs to the smaller sizes of a nested model alone."""
+    return trunk(model).nesting
+
+
+def head_map(model: PreTrainedModel) -> Any:
+    """The linear before the head of a rotated model; None where there is none."""
+    return getattr(model, "head_map", None)
+
+
 def bank(model: PreTrainedModel) -> Any:
     """The shared FFNs of a compressed model."""
     return trunk(model).ffn_bank

@@ -67,6 +67,13 @@ class LowRankAdapter(nn.Module):
         narrow = x.reshape(-1, x.size(-1)) @ self.low_rank_a
         return torch.addmm(y.view(-1, y.size(-1)), narrow, self.low_rank_b, alpha=self.scale).view_as(y)
 
+    def effective(self) -> Tensor:
+        """The weight as it acts, [as the linear's own], with gradients."""
+        change = self.scale * (self.low_rank_a @ self.low_rank_b)
+        if self.zero is not None:
+            change = change.masked_fill(self.zero, 0)
+        return self.linear.weight + (change if isinstance(self.linear, Conv1D) else change.T)
+
     @torch.no_grad()
     def merge(self) -> None:
         """W += scale A B, in float64 on the CPU (not every accelerator has it), rounded once."""
@@ -117,6 +124,20 @@ def attach(
 def adapters(model: PreTrainedModel) -> list[LowRankAdapter]:
     """The adapters of a model, in its order."""
     return [child for _, _, child in _places(model)]
+
+
+def effective_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter by the key that it has without adapters, with what the adapters add to it; with gradients."""
+    found: dict[str, Tensor] = {}
+    wrapped = {id(adapter.linear): adapter for adapter in adapters(model)}
+    for path, module in model.named_modules():
+        if isinstance(module, LowRankAdapter):
+            continue
+        adapter = wrapped.get(id(module))
+        own = path if adapter is None else path.rpartition(".")[0]
+        for name, parameter in module.named_parameters(recurse=False):
+            found[f"{own}.{name}"] = adapter.effective() if adapter is not None and name == "weight" else parameter
+    return found
 
 
 def merge(model: PreTrainedModel) -> None:

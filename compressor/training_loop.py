@@ -151,6 +151,7 @@ class Loop:
         progress = self.step / (settings["steps"] - 1) if settings["steps"] > 1 else 1.0
         for rewrite in self.rewrites:
             rewrite.on_step(self.model, progress)
+        self.objective.begin_step(self.step)
         batch = batch_rows(len(self.training), self.rows, self.step, settings["seed"])
         count = max(1, self.training.count(batch))  # of all processes: known without asking them
         passes = self.training.passes(batch[processes.rank :: processes.world], self.forward_tokens) or [[]]
@@ -239,7 +240,7 @@ class Loop:
     def _selection_nll(self, rows: Rows) -> tuple[float, int]:
         """Exact mean NLL per prediction and their number; each process takes its share of the rows."""
         share = range(self.processes.rank, len(rows), self.processes.world)
-        total = torch.tensor(rows.nll(self.model, share), dtype=torch.float64)
+        total = torch.tensor(self.objective.selection_nll(rows, share), dtype=torch.float64)
         if self.processes.world > 1:
             total = self.processes.all_sum(total.to(self.device)).cpu()
         count = rows.count(range(len(rows)))

@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from . import gpt2
 from .rewrites import Rewrite
+from .training_rows import Rows
 
 _LEAST_ROWS = 256  # fewer make the head's products slow
 _LOGITS_AT_ONCE = {"cpu": 1 << 20}  # float32 logits; on a CPU what about fits its caches
@@ -104,6 +105,13 @@ class Objective(nn.Module):
 
     model: Any  # a language model, or a classifier
     distilled: bool = False
+
+    def begin_step(self, step: int) -> None:
+        """Called before the passes of each step, 0 the first."""
+
+    def selection_nll(self, rows: Rows, share: Sequence[int]) -> float:
+        """What the model is judged by: the summed NLL of what is predicted in a share of the rows."""
+        return rows.nll(self.model, share)
 
 
 class TokenObjective(Objective):

@@ -22,10 +22,11 @@ STOREYS = [
     {"session", "facts", "run_folder", "recipe", "suite"},  # what the steps share
     {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
-     "training_rows", "training_schedule", "training_state", "classification", "tversky_gpt",
-     "token_factored_gpt"},  # stages
-    {"models", "checkpoint", "checkpoint_attention", "checkpoint_config", "gpt2", "artifacts", "data", "examples",
-     "sources", "tokens", "fields", "windows", "errors", "processes", "demo", "modeling"},  # ground
+     "training_rows", "training_schedule", "training_state", "nested_training", "classification",
+     "tversky_gpt", "token_factored_gpt"},  # stages
+    {"models", "checkpoint", "checkpoint_attention", "checkpoint_config", "checkpoint_nesting", "gpt2",
+     "artifacts", "data", "examples", "sources", "tokens", "fields", "windows", "errors", "processes",
+     "demo", "modeling"},  # ground
 ]  # fmt: skip
 # reopen runs in a process of its own, where the package is not; __init__ is the package's face
 APART = {"reopen", "__init__"}
@@ -169,6 +170,7 @@ SPELLED = {
     "checkpoint": {"attn"},  # buffers of old checkpoints that are not this package's
     "capture": {"c_fc", "c_proj", "c_attn"},  # where the hooks sit
     "rewrites.alibi": {"wpe", "lm_head"},  # sites are GPT-2's own paths
+    "rewrites.matryoshka": {"wpe", "lm_head"},  # sites are GPT-2's own paths
     "rewrites.base": {"h", "ln_1", "ln_2", "mlp", "attn"},  # sites are GPT-2's own paths
     "rewrites.compressed_n": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "ln_1", "ln_2"},  # combines whole blocks
     "rewrites.efficient": {"attn"},  # a site is GPT-2's own path

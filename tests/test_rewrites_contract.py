@@ -33,6 +33,12 @@ def _tversky(size, width_in, width_out, *, projections, banks=1, scalars=3):
     return projections * (width_out * (size - width_in) + scalars) + banks * size * width_in
 
 
+def _plain(d, ff=None, layers=LAYERS):
+    """All of a GPT-2 with a tied head."""
+    ff = 4 * d if ff is None else ff
+    return (97 + 64) * d + layers * (4 * d * d + 4 * d + 2 * d * ff + ff + d + 4 * d) + 2 * d
+
+
 _ALL = ["q", "k", "v", "attn_out", "c_fc", "mlp_out", "lm_head"]
 HEADS = 4
 _ALIBI = -64 * D + D + 2 * LAYERS * HEADS  # positions but for the first one's; slopes, biases of the first token
@@ -141,6 +147,17 @@ EXAMPLES = {
         ({"alpha": 0.3, "beta": 0.8, "gamma": 0.2}, LAYERS * 3 * HEADS),
         ({"beta": 0.5, "layers": [4, 1]}, 2 * 3 * HEADS),
         ({"parallel": True, "layers": [0, 2, 3]}, 3 * (3 * HEADS + 2)),
+    ],
+    "matryoshka": [  # whole, it is the original: tests/test_matryoshka.py
+        ({"only": {"ffn": 0.5}}, -LAYERS * 64 * (2 * D + 1)),
+        ({"only": {"ffn": [128, 64, 32, 64, 128, 128]}}, -(64 + 96 + 64) * (2 * D + 1)),
+        ({"depth": [4], "only": {"depth": 4}}, -2 * BLOCK),
+        ({"width": [16], "only": {"width": 16}}, _plain(16) - _plain(D)),
+        (
+            {"ffn": [0.25], "width": [16], "depth": [5], "only": {"width": 16, "depth": 5, "ffn": 32}},
+            _plain(16, 32, 5) - _plain(D),
+        ),
+        ({"head": [8], "only": {"head": 8}}, 8 * D + 8),
     ],
 }
 CASES = [

@@ -30,7 +30,8 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
 
     Values and outputs of streams that only mix heads take 2 n_head d in the place of 2 d^2; none is nothing.
 
-    Attention in blocks: see `_attention`.
+    Attention in blocks: see `_attention`. A nested model in another basis takes 2 d k more for what leads to the
+    head, and 2 k for each token of the vocabulary, of k coordinates; layers may differ in neurons.
     """
     config = model if isinstance(model, GPT2Config) else cast(GPT2Config, model.config)
     context = config.n_positions if context is None else context
@@ -43,7 +44,7 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
     deltas = sum(
         len(group["layers"]) * 4 * group["rank"] * (d + ff) for group in getattr(config, "ffn_groups", None) or []
     )
-    rest = deltas + 2 * d * config.vocab_size + _tversky_flops(config) + _stream_flops(config)
+    rest = deltas + 2 * d * config.vocab_size + _tversky_flops(config) + _stream_flops(config) + _nested_flops(config)
     return config.n_layer * layer + scores + rest
 
 
@@ -54,6 +55,18 @@ def _stream_flops(config: GPT2Config) -> int:
         return 0
     takes = {"kron": 2 * config.n_head * d, "identity": 0}
     return len(entry["layers"]) * sum(takes[kind] - 2 * d * d for kind in STAGES[entry["stage"]] if kind in takes)
+
+
+def _nested_flops(config: GPT2Config) -> int:
+    """What a nested model, or a slice of one, takes more than GPT-2 of its width and widest FFN."""
+    d, entry = config.n_embd, getattr(config, "matryoshka", None)
+    if not entry:
+        return 0
+    more = sum(4 * d * (ff - d_ff(config)) for ff in entry["ffn_of_layers"] or [])
+    if entry["rotated"]:
+        coordinates = entry["head"][0]
+        more += 2 * d * coordinates - 2 * (d - coordinates) * config.vocab_size
+    return more
 
 
 def _tversky_flops(config: GPT2Config) -> int:

@@ -29,6 +29,10 @@ class GPT2CompressedConfig(GPT2Config):
         (modeling/streams.py): the layers whose values and outputs are made as the stage says; whether values read
         LN(xt) or xt; whether Kronecker outputs have a bias.
     shaped_attention: {"layers": [0, 1], "parallel": false} (modeling/shaped.py); parallel: FFN beside attention.
+    matryoshka: {"ffn": [3072, 1536], "width": [768, 384], "depth": [12, 8], "head": [768, 384], "rotated": true,
+        "ffn_of_layers": null} (modeling/nesting.py): the sizes that are nested in the model, the whole one first; of
+        one that was cut out its own alone. head: how many coordinates of the final state the logits are made of.
+        ffn_of_layers: neurons of each layer where they differ.
     compression: the rewrites that made the model, as records of their fields.
     """
 
@@ -40,4 +44,5 @@ class GPT2CompressedConfig(GPT2Config):
     alibi: dict | None = None
     token_factored: dict | None = None
     shaped_attention: dict | None = None
+    matryoshka: dict | None = None
     compression: list | None = None

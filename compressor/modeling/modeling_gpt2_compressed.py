@@ -5,12 +5,13 @@ State dict: `transformer.h.{i}.{ln_1,attn,ln_2}` as in GPT-2; a layer outside ev
 `mlp.{c_fc,c_proj}.{delta_a,delta_b,bias}`. `transformer.feature_bank.{key}.weight` holds the features of Tversky
 projections once; a projection (`attn.c_attn.{q,k,v}`, `attn.c_proj`, `mlp.{c_fc,c_proj}`, `mlp.block`,
 `lm_head.projection`) holds its prototypes and scalars. With ALiBi a layer holds `attn.alibi.log_slopes`, and `wpe` is
-`wpe.first`. In two streams a layer may hold `ln_v`, `attn.{c_qk,c_v}`
-and `attn.out_map`.
+`wpe.first`. In two streams a layer may hold `ln_v`, `attn.{c_qk,c_v}` and `attn.out_map`. A nested model holds in
+`transformer.nesting` what belongs to its smaller sizes alone, and `head_map` where it is rotated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 
@@ -26,6 +27,7 @@ from .alibi import AlibiPositions, AlibiSlopes
 from .attention import CompressedAttention, stage_maps
 from .configuration_gpt2_compressed import GPT2CompressedConfig
 from .linformer import LinformerFar
+from .nesting import Nesting, RotatedEmbedding, Size, size_of, sliced, sliced_config
 from .performer import PerformerFar
 from .shaped import AttentionShape, BranchGains
 from .shared_ffn import LayerDelta, LayerFFN, SharedFFN
@@ -35,7 +37,7 @@ from .tversky_layers import TverskyFFN, TverskyHead, feature_banks, tversky_plac
 
 _DRAWS_ITSELF = (
     FeatureBank, Scalars, TverskyProjection, LinformerFar, PerformerFar, AlibiPositions, AlibiSlopes, HeadMixing,
-    AttentionShape, BranchGains,
+    AttentionShape, BranchGains, Nesting,
 )  # fmt: skip
 
 
@@ -62,6 +64,8 @@ class GPT2CompressedBlock(GPT2Block):
             or bool(config.alibi or self.values_apart or shaped)
         )
         self.tversky_ffn = bool(places.keys() & {"c_fc", "mlp_out", "mlp_block"})
+        if config.matryoshka and config.matryoshka["ffn_of_layers"]:
+            self.mlp = GPT2MLP(config.matryoshka["ffn_of_layers"][layer_idx], config)
         if group is not None:
             entry = config.ffn_groups[group]
             self.mlp = LayerFFN(config, group, entry["rank"], entry["bias"])  # type: ignore[assignment]
@@ -171,6 +175,10 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
                 self.wpe = StreamPositions(config.max_position_embeddings, d)
             self.drop = StreamDropout(config.embd_pdrop)
             self.ln_f = StreamNorm(d, eps=config.layer_norm_epsilon)
+        if config.matryoshka:
+            self.nesting = Nesting(config)
+            if config.matryoshka["rotated"]:
+                self.wte = RotatedEmbedding(config.vocab_size, d)
         self.post_init()
 
     def block_arguments(self, attention_mask: Tensor | None = None) -> dict:
@@ -212,6 +220,9 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
         head = tversky_places(config).get((None, "lm_head"))
         if head is not None:
             self.lm_head = TverskyHead(config, head)
+        nested = config.matryoshka
+        # what takes the rotated stream to the coordinates that token embeddings are kept in
+        self.head_map = nn.Linear(config.hidden_size, nested["head"][0]) if nested and nested["rotated"] else None
         self.post_init()
 
     def _get_resized_lm_head(self, old_lm_head: Any, *args, **kwargs) -> Any:
@@ -227,13 +238,34 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
         """float[..., vocabulary] of the trunk's last hidden states float[..., d]."""
         if isinstance(self.lm_head, TverskyHead):
             return self.lm_head(hidden, self.transformer.feature_bank)
+        if self.head_map is not None:
+            left, right = self.head_product(hidden)
+            return left @ right.T
         return self.lm_head(hidden)
 
     def head_product(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """left [..., k] and right [vocabulary, k] with logits = left right^T."""
         if isinstance(self.lm_head, TverskyHead):
             return self.lm_head.product(hidden, cast(nn.ModuleDict, self.transformer.feature_bank))
+        if self.head_map is not None:
+            return self.head_map(hidden), self.lm_head.weight[:, : self.head_map.out_features]
         return hidden, self.lm_head.weight
+
+    def slice(
+        self,
+        ffn: float | list | None = None,
+        width: float | None = None,
+        depth: float | None = None,
+        head: float | None = None,
+    ) -> GPT2LMHeadModel:
+        """A smaller model out of this nested one, plain GPT-2 where it can be: whole numbers, or shares of the whole as
+        a float. It shares this one's memory wherever the width is the whole one. Raises ValueError for a size that is
+        not nested here."""
+        if not self.config.matryoshka:
+            raise ValueError("no smaller models are nested in this one")
+        found = sliced_model(dict(self.named_parameters()), self.config, size_of(self.config, ffn, width, depth, head))
+        found.generation_config = self.generation_config
+        return found
 
     @can_return_tuple
     def forward(
@@ -278,6 +310,25 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
             attentions=found.attentions,
             cross_attentions=found.cross_attentions,
         )
+
+
+def empty_slice(config: GPT2CompressedConfig, size: Size) -> GPT2LMHeadModel:
+    """The model of a size without its tensors."""
+    own = sliced_config(config, size)
+    own._attn_implementation = config._attn_implementation
+    # by name: code that travels with a checkpoint may be loaded twice
+    kind: Any = GPT2CompressedLMHeadModel if own.model_type == config.model_type else GPT2LMHeadModel
+    with torch.device("meta"):
+        return kind(own)
+
+
+def sliced_model(tensors: Mapping[str, Tensor], config: GPT2CompressedConfig, size: Size) -> GPT2LMHeadModel:
+    """The model of a size, in evaluation mode. tensors: of the whole model by their keys."""
+    model = empty_slice(config, size)
+    with torch.no_grad():
+        model.load_state_dict(sliced(tensors, config, size), strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
 
 
 class GPT2CompressedForSequenceClassification(GPT2CompressedPreTrainedModel, GPT2ForSequenceClassification):

@@ -10,6 +10,7 @@ from .base import FitContext, Rewrite
 from .compressed_n import CompressedN
 from .dropped_n import DroppedN
 from .linformer import Linformer
+from .matryoshka import Matryoshka
 from .merged_n import MergedN
 from .nystromformer import Nystromformer
 from .performer import Performer
@@ -32,6 +33,7 @@ REWRITES: dict[str, type[Rewrite]] = {
     "alibi": Alibi,
     "token_factored": TokenFactored,
     "sasp": Sasp,
+    "matryoshka": Matryoshka,
 }
 
 

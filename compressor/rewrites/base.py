@@ -18,6 +18,7 @@ from ..capture import Batch, capture
 from ..correlation import SecondMoments
 from ..data import TokenBlocks
 from ..errors import UserError
+from ..modeling.nesting import Size
 from ..windows import Window, anchor_layer, check_length, middle_start, tiles, window
 
 
@@ -93,6 +94,19 @@ class FitContext:
 
 
 @dataclass(frozen=True)
+class Nest:
+    """Sizes of one model that are trained together, the whole one first.
+
+    train: joint, all of them at every step; sandwich, the first, the smallest and one drawn. inner: the share of the
+    whole size's own predictions, as KL, in the loss of the others; next tokens have the rest.
+    """
+
+    sizes: tuple[Size, ...]
+    train: str
+    inner: float
+
+
+@dataclass(frozen=True)
 class Rewrite(ABC):
     """A change of structure and the fit that goes with it. Its fields are the recipe's parameters."""
 
@@ -155,6 +169,10 @@ class Rewrite(ABC):
 
     def penalty(self, model: GPT2LMHeadModel) -> Tensor | None:
         """A term to add to the training loss, already normalised."""
+        return None
+
+    def nest(self, model: GPT2LMHeadModel) -> Nest | None:
+        """The sizes of a nested model that a recovery trains together; None where it is one model."""
         return None
 
     def on_step(self, model: GPT2LMHeadModel, progress: float) -> None:  # noqa: B027

@@ -112,7 +112,7 @@ def apply(
         kept = {}
         for name, tensor in original.state_dict().items():
             target = gpt2.moved(name, layers)
-            if target is not None and target in wanted:
+            if target is not None and target in wanted and wanted[target].shape == tensor.shape:
                 kept[target] = gpt2.for_layer(name, tensor, target, base)
         model.load_state_dict(kept, strict=False, assign=True)
         generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,123 @@
+"""The loss of a nested model: that of its sizes, each a slice of the same parameters, which the gradients go back to.
+
+A slice is run by GPT-2's own code on tensors that `modeling.nesting.sliced` takes out of the whole model's, so what is
+trained is what a cut-out model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import GPT2LMHeadModel
+
+from . import gpt2, lora
+from .modeling.modeling_gpt2_compressed import empty_slice, sliced_model
+from .modeling.nesting import HEAD_MAP, TOKENS, TRUNK, Size, sliced
+from .rewrites import Rewrite
+from .rewrites.base import Nest
+from .training_loss import TokenObjective, token_losses
+from .training_rows import Rows
+from .training_schedule import mixed_seed
+
+
+class NestedObjective(TokenObjective):
+    """The mean over sizes of the loss of next tokens. The whole size learns as `TokenObjective` has it; the others by
+    (1 - inner) NLL + inner KL(whole || size), of the whole size's predictions in the same pass."""
+
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        teacher: GPT2LMHeadModel | None,
+        mix: float,
+        penalised: Sequence[Rewrite],
+        low: torch.dtype | None,
+        *,
+        nest: Nest,
+        seed: int,
+    ):
+        super().__init__(model, teacher, mix, penalised, low)
+        self.distilled = True
+        self.nest, self.seed = nest, seed
+        self.sizes: tuple[Size, ...] = nest.sizes
+        self.empty: dict[Size, Any] = {}
+
+    @property
+    def at_once(self) -> int:
+        """How many sizes a step takes."""
+        return len(self.nest.sizes) if self.nest.train == "joint" else min(3, len(self.nest.sizes))
+
+    def begin_step(self, step: int) -> None:
+        """sandwich: which sizes this step takes, drawn from the seed and the step alone."""
+        sizes = self.nest.sizes
+        if self.at_once < len(sizes):
+            smallest = min(range(1, len(sizes)), key=lambda index: _volume(sizes[index]))
+            others = [index for index in range(1, len(sizes)) if index != smallest]
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, 3, step))
+            drawn = others[int(torch.randint(len(others), (), generator=generator))]
+            self.sizes = tuple(sizes[index] for index in sorted({0, smallest, drawn}))
+
+    def forward(self, ids: Tensor, mask: Tensor | None, with_penalty: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As of TokenObjective; NLL and KL are means over the sizes."""
+        wanted = slice(None) if mask is None else mask[:, 1:].reshape(-1)
+        hidden, head = self._states(self.model, ids, mask)
+        teacher_hidden = teacher_head = None
+        if self.others[0] is not None:
+            with torch.no_grad():
+                teacher_hidden, teacher_head = self._states(self.others[0], ids, mask)
+        targets = ids[:, 1:].reshape(-1)[wanted]
+        loss, sums = token_losses(
+            hidden[wanted], head, targets, mix=self.mix, dtype=self.low,
+            teacher_hidden=None if teacher_hidden is None else teacher_hidden[wanted], teacher_weight=teacher_head,
+        )  # fmt: skip
+        whole = hidden[wanted].detach(), head.detach()
+        tensors = lora.effective_tensors(self.model)
+        for size in self.sizes[1:]:
+            hidden, head = self._slice_states(tensors, size, ids, mask)
+            own, more = token_losses(
+                hidden[wanted], head, targets, mix=self.nest.inner, dtype=self.low,
+                teacher_hidden=whole[0], teacher_weight=whole[1],
+            )  # fmt: skip
+            loss, sums = loss + own, sums + more
+        count = len(self.sizes)
+        return loss / count, sums / count, self._penalty() if with_penalty else None
+
+    def _slice_states(
+        self, tensors: dict[str, Tensor], size: Size, ids: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `_states`, of a slice."""
+        if size not in self.empty:
+            self.empty[size] = empty_slice(self.model.config, size)
+        model = self.empty[size]
+        model.set_attn_implementation(self.model.config._attn_implementation)
+        model.train(self.model.training)
+        own = sliced(tensors, self.model.config, size)
+        trunk = {key.removeprefix(TRUNK): tensor for key, tensor in own.items() if key.startswith(TRUNK)}
+        inputs = {"input_ids": ids, "attention_mask": None if mask is None else mask.long(), "use_cache": False}
+        with (
+            torch.autocast(ids.device.type, dtype=self.low, enabled=self.low is not None),
+            gpt2.fused_activations(model),
+        ):
+            hidden = functional_call(gpt2.trunk(model), trunk, (), inputs).last_hidden_state[:, :-1].flatten(0, 1)
+            embeddings = trunk[TOKENS]
+            if f"{HEAD_MAP}.weight" not in own:
+                return hidden, embeddings
+            left = torch.nn.functional.linear(hidden, own[f"{HEAD_MAP}.weight"], own[f"{HEAD_MAP}.bias"])
+            return left, embeddings[:, : size.head]
+
+    def selection_nll(self, rows: Rows, share: Sequence[int]) -> float:
+        """The mean over all sizes."""
+        with torch.no_grad():
+            tensors = {key: tensor.detach() for key, tensor in lora.effective_tensors(self.model).items()}
+            total = rows.nll(self.model, share)
+            for size in self.nest.sizes[1:]:
+                total += rows.nll(sliced_model(tensors, self.model.config, size), share)
+        return total / len(self.nest.sizes)
+
+
+def _volume(size: Size) -> int:
+    """What orders sizes: about their multiplications a token."""
+    return sum(size.width * (4 * size.width + 2 * ff) for ff in size.ffn) + size.head
