@@ -185,7 +185,7 @@ def _read_header(name: str, files: list[Path]) -> Header:
 
 def _place(key: str) -> str:
     """The language model's name of a checkpoint's tensor; a base model's file leaves out the trunk's prefix."""
-    own = key.startswith((_PREFIX, _HEAD.removesuffix("weight")))  # a head may have parts besides its weight
+    own = key.startswith((_PREFIX, _HEAD.removesuffix("weight"), "head_map."))  # a head may have more than its weight
     return key if own or _OTHER_TENSORS.search(key) else _PREFIX + key
 
 

@@ -1,4 +1,4 @@
-"""What config.json may say of attention, positions and streams: checked before a model is built from it."""
+"""What config.json may say of attention, positions, streams and parts: checked before a model is built from it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from .errors import UserError
 from .modeling import GPT2CompressedConfig
 from .modeling.alibi import SLOPES
 from .modeling.attention import KINDS
+from .modeling.combined import OUTPUTS
 from .modeling.nystromformer import INVERSES
 from .modeling.performer import MAPS, PAIRED
 from .modeling.streams import STAGES
 from .modeling.tversky_layers import tversky_places
 
 MOST = 1 << 22  # of what widths and lengths may be
+
+_OTHERS = ("ffn_groups", "tversky", "efficient_attention", "alibi", "token_factored", "shaped_attention")
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value fits, and what fits in words
 
@@ -45,6 +48,9 @@ def check_attention(where: str, config: GPT2CompressedConfig) -> None:
     blocks = {layer for entry in config.efficient_attention or [] for layer in entry["layers"]}
     if shaped & blocks:
         raise UserError(f"{where} has layer {min(shaped & blocks)} in shaped_attention and in efficient_attention")
+    beside = [field for field in _OTHERS if getattr(config, field)]
+    if config.combined and beside:
+        raise UserError(f"{where} has combined and {beside[0]}, which would have to be of each part")
 
 
 def _mappings(config: GPT2Config) -> dict[str, dict[str, Rule]]:
@@ -55,6 +61,11 @@ def _mappings(config: GPT2Config) -> dict[str, dict[str, Rule]]:
             "stage": _one_of(*STAGES), "layers": _layers(config), "value_norm": flag, "bias": flag,
         },
         "shaped_attention": {"layers": _layers(config), "parallel": flag},
+        "combined": {
+            "widths": _parts(config.n_embd, config.n_embd // config.n_head),
+            "ffn": _parts(config.n_inner or 4 * config.n_embd, 1),
+            "outputs": _one_of(*OUTPUTS),
+        },
     }  # fmt: skip
 
 
@@ -68,6 +79,17 @@ def _layers(config: GPT2Config) -> Rule:
         return bool(layers) and different(layers, lambda layer: 0 <= layer < config.n_layer, int)
 
     return fits, f"different layers within 0 to {config.n_layer - 1}"
+
+
+def _parts(total: int, of: int) -> Rule:
+    """As many widths as there are parts."""
+
+    def fits(value: Any) -> bool:
+        widths = value if isinstance(value, list) else []
+        good = all(type(width) is int and width > 0 and width % of == 0 for width in widths)
+        return len(widths) == 2 and good and sum(widths) == total
+
+    return fits, f"two multiples of {of} that sum to {total}"
 
 
 def different(values: list[Any], fits: Callable[[Any], bool], kind: type) -> bool:

@@ -10,7 +10,7 @@ from .gpt2 import d_ff
 from .modeling import GPT2CompressedConfig
 from .modeling.nesting import FULL
 
-_ALONE = ("ffn_groups", "tversky", "efficient_attention", "alibi", "token_factored", "shaped_attention")
+_ALONE = ("ffn_groups", "tversky", "efficient_attention", "alibi", "token_factored", "shaped_attention", "combined")
 
 
 def check_nesting(where: str, config: GPT2CompressedConfig) -> None:

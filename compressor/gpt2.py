@@ -128,6 +128,11 @@ def head_product(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor
     return cast(Any, model).head_product(hidden) if hasattr(model, "head_product") else (hidden, head(model).weight)
 
 
+def head_map(model: PreTrainedModel) -> Any:
+    """The map of a compressed model's final states in front of its head; None where there is none."""
+    return getattr(model, "head_map", None)
+
+
 HEAD_KEY = "lm_head.weight"  # in a state dict; float[vocabulary, d], as the embeddings are
 
 
@@ -259,11 +264,6 @@ EMBEDDING_KEYS = ("transformer.wte.weight", "transformer.wpe.weight")
 def nesting(model: PreTrainedModel) -> Any:
     """What belongs to the smaller sizes of a nested model alone."""
     return trunk(model).nesting
-
-
-def head_map(model: PreTrainedModel) -> Any:
-    """The linear before the head of a rotated model; None where there is none."""
-    return getattr(model, "head_map", None)
 
 
 def bank(model: PreTrainedModel) -> Any:

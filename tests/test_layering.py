@@ -172,6 +172,7 @@ SPELLED = {
     "rewrites.alibi": {"wpe", "lm_head"},  # sites are GPT-2's own paths
     "rewrites.matryoshka": {"wpe", "lm_head"},  # sites are GPT-2's own paths
     "rewrites.base": {"h", "ln_1", "ln_2", "mlp", "attn"},  # sites are GPT-2's own paths
+    "rewrites.combine": {"wpe", "lm_head"},  # sites are GPT-2's own paths
     "rewrites.compressed_n": {"c_fc", "c_proj", "c_attn", "mlp", "attn", "ln_1", "ln_2"},  # combines whole blocks
     "rewrites.efficient": {"attn"},  # a site is GPT-2's own path
     "rewrites.merged_n": {"c_fc", "c_proj"},  # both linears in turn

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from toy import toy_blocks
+from toy import toy_blocks, toy_gpt2, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2LMHeadModel
 
 from compressor import models
@@ -45,6 +45,8 @@ _ALIBI = -64 * D + D + 2 * LAYERS * HEADS  # positions but for the first one's; 
 _WIDTH = D // HEADS
 _MIXING = HEADS * HEADS
 _RATIO = {"form": "ratio", "non_negative": True, "scale": True}
+OTHER = {"n_embd": 16, "n_head": 2, "n_inner": 40}  # what stands as "other" in a record
+_OTHER = (97 + 64) * 16 + LAYERS * (4 * 16 * 16 + 2 * 16 * 40 + 9 * 16 + 40) + 2 * 16
 _MIN = {"intersection": "min", "difference": "subtractmatch", "init": "lsq", "scale": True}
 
 # name of the rewrite -> [(its record, how many parameters it adds to the original)]: at least one for every entry
@@ -159,6 +161,10 @@ EXAMPLES = {
         ),
         ({"head": [8], "only": {"head": 8}}, 8 * D + 8),
     ],
+    "combine": [  # its glue that selects one model: tests/test_rewrites_combine.py
+        ({"other": "OTHER"}, _OTHER + (D + 16) ** 2),
+        ({"other": "OTHER", "blocks": True}, _OTHER + (2 * LAYERS + 1) * (D + 16) ** 2),
+    ],
 }
 CASES = [
     pytest.param(name, record, change, id=f"{name}-{index}")
@@ -173,13 +179,16 @@ def ids(original):
 
 
 @pytest.fixture(scope="module")
-def make(original, alignment):
-    made = {}
+def make(original, alignment, tmp_path_factory):
+    made, other = {}, tmp_path_factory.mktemp("models") / "other"
+    toy_gpt2(seed=1, **OTHER).save_pretrained(other)
+    toy_tokenizer().save_pretrained(other)
 
     def build(name, record):
         key = json.dumps([name, record], sort_keys=True)
         if key not in made:
-            rewrite, blocks = from_record({"rewrite": name, **record}), toy_blocks(original.config)
+            named = {"other": str(other)} if "other" in record else {}
+            rewrite, blocks = from_record({"rewrite": name, **record, **named}), toy_blocks(original.config)
             rewrite.check(original.config)
             (rewrite,) = choose([rewrite.resolved(original.config)], original, alignment, calibration=blocks)
             made[key] = rewrite, apply([rewrite], original, alignment, calibration=blocks)
@@ -302,6 +311,8 @@ class TestEveryExample:
                 assert "fall with distance" in str(why)
             elif name == "sasp":
                 assert "which plain GPT-2 cannot express" in str(why) and ("alpha" in record or "parallel" in record)
+            elif name == "combine":
+                assert "each part has LayerNorms of its own" in str(why)
             else:
                 assert name in ("linformer", "nystromformer", "performer") and f"attention of {name}" in str(why)
             return

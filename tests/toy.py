@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from compressor.alignment import Alignments, align_activations
 from compressor.data import TokenBlocks
@@ -33,6 +33,13 @@ def toy_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def toy_tokenizer() -> GPT2Tokenizer:
+    """Of single characters; token 0 is the end of text."""
+    end = "<|endoftext|>"
+    vocabulary = {end: 0, **{chr(97 + i): 1 + i for i in range(26)}}
+    return GPT2Tokenizer(vocab=vocabulary, merges=[], bos_token=end, eos_token=end, unk_token=end)
 
 
 def toy_blocks(config: GPT2Config, rows: int = 24, seed: int = 1) -> TokenBlocks:

@@ -28,6 +28,8 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
     prototype and feature (difference, size, sum), softmin 8 for each sign (5 for what goes beyond the minimum). What
     depends on prototypes and features alone is made once and kept. Sharing a bank saves none of it.
 
+    Of models side by side each part's linears take what they would alone, glue over d takes 2 d^2.
+
     Values and outputs of streams that only mix heads take 2 n_head d in the place of 2 d^2; none is nothing.
 
     Attention in blocks: see `_attention`. A nested model in another basis takes 2 d k more for what leads to the
@@ -44,7 +46,8 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
     deltas = sum(
         len(group["layers"]) * 4 * group["rank"] * (d + ff) for group in getattr(config, "ffn_groups", None) or []
     )
-    rest = deltas + 2 * d * config.vocab_size + _tversky_flops(config) + _stream_flops(config) + _nested_flops(config)
+    kinds = (_tversky_flops, _stream_flops, _nested_flops, _parts_flops)
+    rest = deltas + 2 * d * config.vocab_size + sum(more(config) for more in kinds)
     return config.n_layer * layer + scores + rest
 
 
@@ -67,6 +70,21 @@ def _nested_flops(config: GPT2Config) -> int:
         coordinates = entry["head"][0]
         more += 2 * d * coordinates - 2 * (d - coordinates) * config.vocab_size
     return more
+
+
+def _parts_flops(config: GPT2Config) -> int:
+    """What the linears of models side by side and their glue take, less what linears over all parts would."""
+    d, ff, entry = config.n_embd, d_ff(config), getattr(config, "combined", None)
+    if not entry:
+        return 0
+    squares = sum(width * width for width in entry["widths"]) - d * d
+    across = sum(width * own for width, own in zip(entry["widths"], entry["ffn"], strict=True)) - d * ff
+    layer = 6 * squares + 2 * across
+    if entry["outputs"] != "dense":
+        layer += 2 * squares + 2 * across
+    if entry["outputs"] == "glued":
+        layer += 4 * d * d
+    return config.n_layer * layer + 2 * d * d
 
 
 def _tversky_flops(config: GPT2Config) -> int:

@@ -33,6 +33,9 @@ class GPT2CompressedConfig(GPT2Config):
         "ffn_of_layers": null} (modeling/nesting.py): the sizes that are nested in the model, the whole one first; of
         one that was cut out its own alone. head: how many coordinates of the final state the logits are made of.
         ffn_of_layers: neurons of each layer where they differ.
+    combined: {"widths": [768, 384], "ffn": [3072, 1536], "outputs": "apart" | "glued" | "dense"}
+        (modeling/combined.py): the widths of two models side by side and of their FFNs, and what the linears that
+        write to their residual stream are. A map of both final states stands before the head then.
     compression: the rewrites that made the model, as records of their fields.
     """
 
@@ -45,4 +48,5 @@ class GPT2CompressedConfig(GPT2Config):
     token_factored: dict | None = None
     shaped_attention: dict | None = None
     matryoshka: dict | None = None
+    combined: dict | None = None
     compression: list | None = None

@@ -6,7 +6,8 @@ State dict: `transformer.h.{i}.{ln_1,attn,ln_2}` as in GPT-2; a layer outside ev
 projections once; a projection (`attn.c_attn.{q,k,v}`, `attn.c_proj`, `mlp.{c_fc,c_proj}`, `mlp.block`,
 `lm_head.projection`) holds its prototypes and scalars. With ALiBi a layer holds `attn.alibi.log_slopes`, and `wpe` is
 `wpe.first`. In two streams a layer may hold `ln_v`, `attn.{c_qk,c_v}` and `attn.out_map`. A nested model holds in
-`transformer.nesting` what belongs to its smaller sizes alone, and `head_map` where it is rotated.
+`transformer.nesting` what belongs to its smaller sizes alone, and `head_map` before the head where it is rotated. Of
+models side by side linears of the blocks hold `parts.{i}` and `glue.weight`, and `head_map` stands before the head.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 
 from .alibi import AlibiPositions, AlibiSlopes
 from .attention import CompressedAttention, stage_maps
+from .combined import Glue, PartsNorm, put_parts
 from .configuration_gpt2_compressed import GPT2CompressedConfig
 from .linformer import LinformerFar
 from .nesting import Nesting, RotatedEmbedding, Size, size_of, sliced, sliced_config
@@ -37,7 +39,7 @@ from .tversky_layers import TverskyFFN, TverskyHead, feature_banks, tversky_plac
 
 _DRAWS_ITSELF = (
     FeatureBank, Scalars, TverskyProjection, LinformerFar, PerformerFar, AlibiPositions, AlibiSlopes, HeadMixing,
-    AttentionShape, BranchGains, Nesting,
+    AttentionShape, BranchGains, Nesting, Glue,
 )  # fmt: skip
 
 
@@ -78,6 +80,8 @@ class GPT2CompressedBlock(GPT2Block):
         elif self.values_apart:
             self.ln_v = nn.Identity()
         self.gains = BranchGains() if shaped and shaped["parallel"] else None
+        if config.combined:
+            put_parts(self, config)
 
     def forward(  # type: ignore[override]
         self,
@@ -131,7 +135,7 @@ class GPT2CompressedPreTrainedModel(GPT2PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, CompressedAttention) and not isinstance(getattr(module, "c_proj", None), Conv1D):
+        if isinstance(module, GPT2Attention | GPT2MLP) and not isinstance(getattr(module, "c_proj", None), Conv1D):
             return  # GPT-2 would scale the weight of a linear that is none
         super()._init_weights(module)
         if isinstance(module, LayerDelta):  # A ~ N, B = 0: starts as no delta, and trains
@@ -179,6 +183,8 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
             self.nesting = Nesting(config)
             if config.matryoshka["rotated"]:
                 self.wte = RotatedEmbedding(config.vocab_size, d)
+        if config.combined:
+            self.ln_f = PartsNorm(config.combined["widths"], config.layer_norm_epsilon)
         self.post_init()
 
     def block_arguments(self, attention_mask: Tensor | None = None) -> dict:
@@ -221,8 +227,9 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
         if head is not None:
             self.lm_head = TverskyHead(config, head)
         nested = config.matryoshka
-        # what takes the rotated stream to the coordinates that token embeddings are kept in
-        self.head_map = nn.Linear(config.hidden_size, nested["head"][0]) if nested and nested["rotated"] else None
+        self.head_map: nn.Module | None = Glue(config.hidden_size) if config.combined else None
+        if nested and nested["rotated"]:  # to the coordinates that token embeddings are kept in
+            self.head_map = nn.Linear(config.hidden_size, nested["head"][0])
         self.post_init()
 
     def _get_resized_lm_head(self, old_lm_head: Any, *args, **kwargs) -> Any:
@@ -236,20 +243,21 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., vocabulary] of the trunk's last hidden states float[..., d]."""
+        if self.head_map is not None:
+            hidden = self.head_map(hidden)
         if isinstance(self.lm_head, TverskyHead):
             return self.lm_head(hidden, self.transformer.feature_bank)
-        if self.head_map is not None:
-            left, right = self.head_product(hidden)
-            return left @ right.T
+        if hidden.shape[-1] < self.lm_head.weight.shape[-1]:
+            return hidden @ self.lm_head.weight[:, : hidden.shape[-1]].T
         return self.lm_head(hidden)
 
     def head_product(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """left [..., k] and right [vocabulary, k] with logits = left right^T."""
+        if self.head_map is not None:
+            hidden = self.head_map(hidden)
         if isinstance(self.lm_head, TverskyHead):
             return self.lm_head.product(hidden, cast(nn.ModuleDict, self.transformer.feature_bank))
-        if self.head_map is not None:
-            return self.head_map(hidden), self.lm_head.weight[:, : self.head_map.out_features]
-        return hidden, self.lm_head.weight
+        return hidden, self.lm_head.weight[:, : hidden.shape[-1]]
 
     def slice(
         self,

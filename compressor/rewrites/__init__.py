@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError, unknown
 from .alibi import Alibi
 from .base import FitContext, Rewrite
+from .combine import Combine
 from .compressed_n import CompressedN
 from .dropped_n import DroppedN
 from .linformer import Linformer
@@ -34,6 +35,7 @@ REWRITES: dict[str, type[Rewrite]] = {
     "token_factored": TokenFactored,
     "sasp": Sasp,
     "matryoshka": Matryoshka,
+    "combine": Combine,
 }
 
 

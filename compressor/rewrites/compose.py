@@ -109,7 +109,7 @@ def apply(
     with torch.no_grad(), gpt2.evaluating(original):
         model = models.build(structure(rewrites, base)).to(original.dtype).eval()  # type: ignore[arg-type]
         wanted = model.state_dict()
-        kept = {}
+        kept = {}  # a tensor that changes its shape is the rewrite's to fill
         for name, tensor in original.state_dict().items():
             target = gpt2.moved(name, layers)
             if target is not None and target in wanted and wanted[target].shape == tensor.shape:

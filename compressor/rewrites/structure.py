@@ -14,7 +14,7 @@ from ..modeling import AUTO_MAP, GPT2CompressedConfig
 
 # What in the config makes a GPT-2 a compressed one: lists of entries, and one mapping each.
 LISTS = ("ffn_groups", "tversky", "efficient_attention")
-STRUCTURES = (*LISTS, "alibi", "token_factored", "shaped_attention", "matryoshka")
+STRUCTURES = (*LISTS, "alibi", "token_factored", "shaped_attention", "matryoshka", "combined")
 
 
 def add_structure(base: GPT2Config, field: str, entries: list[dict[str, Any]] | dict[str, Any]) -> GPT2CompressedConfig:
