@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from compressor.metrics.flops import flops_per_token
 from compressor.modeling import GPT2CompressedConfig, GPT2CompressedLMHeadModel
+from compressor.modeling.combined import OUTPUTS
 from compressor.rewrites import from_record
 from compressor.rewrites.compose import structure
 
@@ -42,6 +43,13 @@ def test_flops_of_gpt2_small():
         GPT2Config(**TINY, n_inner=24),
         shared(3, 2, "per_layer", **TINY),
         shared(4, 0, "shared", **TINY),
+        *(
+            GPT2CompressedConfig(
+                **{**TINY, "n_embd": 24, "n_head": 3, "n_inner": 71},
+                combined={"widths": [16, 8], "ffn": [48, 23], "outputs": outputs},
+            )
+            for outputs in OUTPUTS
+        ),
     ],
 )
 def test_flops_equal_those_pytorch_counts(config):
