@@ -25,8 +25,11 @@ from .training_schedule import mixed_seed
 
 
 class NestedObjective(TokenObjective):
-    """The mean over sizes of the loss of next tokens. The whole size learns as `TokenObjective` has it; the others by
-    (1 - inner) NLL + inner KL(whole || size), of the whole size's predictions in the same pass."""
+    """The mean of the loss over the sizes that a step takes. With a teacher all of them learn as `TokenObjective` has
+    it; without, the whole size learns next tokens, the others (1 - inner) NLL + inner KL(whole || size), of the whole
+    size's predictions in the same pass."""
+
+    some_idle = True  # what belongs to sizes that a step does not take
 
     def __init__(
         self,
@@ -48,46 +51,57 @@ class NestedObjective(TokenObjective):
     @property
     def at_once(self) -> int:
         """How many sizes a step takes."""
-        return len(self.nest.sizes) if self.nest.train == "joint" else min(3, len(self.nest.sizes))
+        most = {"joint": len(self.nest.sizes), "sandwich": 3, "one": 1}[self.nest.train]
+        return min(most, len(self.nest.sizes))
 
     def begin_step(self, step: int) -> None:
-        """sandwich: which sizes this step takes, drawn from the seed and the step alone."""
+        """Which sizes this step takes: drawn from the seed and the step alone."""
         sizes = self.nest.sizes
-        if self.at_once < len(sizes):
-            smallest = min(range(1, len(sizes)), key=lambda index: _volume(sizes[index]))
-            others = [index for index in range(1, len(sizes)) if index != smallest]
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, 3, step))
-            drawn = others[int(torch.randint(len(others), (), generator=generator))]
-            self.sizes = tuple(sizes[index] for index in sorted({0, smallest, drawn}))
+        if self.at_once == len(sizes):
+            return
+        if self.at_once == 1:  # each of them once before any comes again
+            turn, place = divmod(step, len(sizes))
+            self.sizes = (sizes[int(torch.randperm(len(sizes), generator=self._generator(turn))[place])],)
+            return
+        smallest = min(range(1, len(sizes)), key=lambda index: _volume(sizes[index]))
+        others = [index for index in range(1, len(sizes)) if index != smallest]
+        drawn = others[int(torch.randint(len(others), (), generator=self._generator(step)))]
+        self.sizes = tuple(sizes[index] for index in sorted({0, smallest, drawn}))
+
+    def _generator(self, draw: int) -> torch.Generator:
+        return torch.Generator().manual_seed(mixed_seed(self.seed, 3, draw))
 
     def forward(self, ids: Tensor, mask: Tensor | None, with_penalty: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """As of TokenObjective; NLL and KL are means over the sizes."""
         wanted = slice(None) if mask is None else mask[:, 1:].reshape(-1)
-        hidden, head = self._states(self.model, ids, mask)
-        teacher_hidden = teacher_head = None
-        if self.others[0] is not None:
-            with torch.no_grad():
-                teacher_hidden, teacher_head = self._states(self.others[0], ids, mask)
         targets = ids[:, 1:].reshape(-1)[wanted]
-        loss, sums = token_losses(
-            hidden[wanted], head, targets, mix=self.mix, dtype=self.low,
-            teacher_hidden=None if teacher_hidden is None else teacher_hidden[wanted], teacher_weight=teacher_head,
-        )  # fmt: skip
-        whole = hidden[wanted].detach(), head.detach()
-        tensors = lora.effective_tensors(self.model)
-        for size in self.sizes[1:]:
-            hidden, head = self._slice_states(tensors, size, ids, mask)
+        whole = self.nest.sizes[0]
+        teacher = self.others[0]
+        taught: tuple[Tensor | None, Tensor | None] = None, None
+        if teacher is not None:
+            with torch.no_grad():
+                hidden, head = self._states(teacher, ids, mask)
+            taught = hidden[wanted], head
+        loss, sums = ids.new_zeros((), dtype=self.model.dtype), ids.new_zeros(2, dtype=self.model.dtype)
+        tensors = {} if self.sizes == (whole,) else lora.effective_tensors(self.model)
+        for size in self.sizes:
+            mix = self.mix if teacher is not None else 0.0 if size == whole else self.nest.inner
+            if mix and taught[0] is None:  # the whole size is none of this step's
+                with torch.no_grad():
+                    hidden, head = self._states(self.model, ids, mask)
+                taught = hidden[wanted], head
+            states = self._states(self.model, ids, mask) if size == whole else self._slice(tensors, size, ids, mask)
+            hidden, head = states[0][wanted], states[1]
             own, more = token_losses(
-                hidden[wanted], head, targets, mix=self.nest.inner, dtype=self.low,
-                teacher_hidden=whole[0], teacher_weight=whole[1],
-            )  # fmt: skip
+                hidden, head, targets, mix=mix, dtype=self.low, teacher_hidden=taught[0], teacher_weight=taught[1]
+            )
             loss, sums = loss + own, sums + more
+            if teacher is None and size == whole:
+                taught = hidden.detach(), head.detach()
         count = len(self.sizes)
         return loss / count, sums / count, self._penalty() if with_penalty else None
 
-    def _slice_states(
-        self, tensors: dict[str, Tensor], size: Size, ids: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _slice(self, tensors: dict[str, Tensor], size: Size, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `_states`, of a slice."""
         if size not in self.empty:
             self.empty[size] = empty_slice(self.model.config, size)

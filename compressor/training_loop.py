@@ -111,7 +111,9 @@ class Loop:
             if folder is not None and self.processes.main:
                 training_state.remove(folder)
             self._evaluate()
-        self.wrapped = self.processes.share_gradients(self.objective, some_idle=self.annealed)
+        self.wrapped = self.processes.share_gradients(
+            self.objective, some_idle=self.annealed or self.objective.some_idle
+        )
 
     def restore_best(self) -> None:
         """The best state into the model."""

@@ -105,6 +105,7 @@ class Objective(nn.Module):
 
     model: Any  # a language model, or a classifier
     distilled: bool = False
+    some_idle: bool = False  # whether a step may leave parameters without a gradient
 
     def begin_step(self, step: int) -> None:
         """Called before the passes of each step, 0 the first."""

@@ -332,7 +332,7 @@ class TestSlices:
         _, _, model = everything
         size = size_of(model.config, **choice)
         objective = NestedObjective(model, None, 0.0, (), None, nest=Nest((size,), "joint", 0.0), seed=0)
-        hidden, head = objective._slice_states(dict(model.named_parameters()), size, ids, None)
+        hidden, head = objective._slice(dict(model.named_parameters()), size, ids, None)
         cut = model.slice(**choice)
         assert (hidden @ head.T - logits(cut, ids)[:, :-1].flatten(0, 1)).abs().max() <= 2e-6
 
@@ -533,14 +533,17 @@ def test_the_sandwich_takes_three_and_follows_from_the_seed(everything):
     _, _, model = everything
     sizes = tuple(trained_sizes(model.config))
 
-    def drawn(seed):
-        objective = NestedObjective(model, None, 0.0, (), None, nest=Nest(sizes, "sandwich", 0.5), seed=seed)
+    def drawn(seed, train="sandwich"):
+        objective = NestedObjective(model, None, 0.0, (), None, nest=Nest(sizes, train, 0.5), seed=seed)
         found = []
         for step in range(20):
             objective.begin_step(step)
             found.append(objective.sizes)
         return found
 
+    one = drawn(0, "one")
+    turns = [one[start : start + len(sizes)] for start in range(0, 2 * len(sizes), len(sizes))]
+    assert all(sorted(own) == sorted((size,) for size in sizes) for own in turns) and turns[0] != turns[1]
     first = drawn(0)
     assert first == drawn(0) != drawn(1)
     smallest = size_of(model.config, width=16)

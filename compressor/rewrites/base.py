@@ -97,8 +97,8 @@ class FitContext:
 class Nest:
     """Sizes of one model that are trained together, the whole one first.
 
-    train: joint, all of them at every step; sandwich, the first, the smallest and one drawn. inner: the share of the
-    whole size's own predictions, as KL, in the loss of the others; next tokens have the rest.
+    train: joint, all of them at every step; sandwich, the first, the smallest and one drawn; one, each in its turn.
+    inner: the share of the whole size's own predictions, as KL, in the loss of the others; next tokens have the rest.
     """
 
     sizes: tuple[Size, ...]

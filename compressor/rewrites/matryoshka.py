@@ -30,9 +30,10 @@ from .structure import add_structure, without_structure
 class Matryoshka(Rewrite):
     """ffn, width, depth, head: the smaller sizes, whole numbers or shares of the whole: neurons; numbers of the
     residual stream, with heads and FFNs in proportion; layers; coordinates of the final state that logits are made of.
-    importance: which neurons come first. train: all sizes at every step, or the largest, the smallest and one drawn
-    (sandwich). inner: the share of the whole size's own predictions, against next tokens, in what the smaller learn.
-    only: cut this size out at once, such as {ffn: 0.5}; the result is that model alone."""
+    importance: which neurons come first. train: the sizes of a step: all of them (joint), the whole, the smallest and
+    one drawn (sandwich), or one drawn. inner: the share of the whole size's own predictions, against next tokens, in
+    what the smaller learn, where no teacher is. only: cut this size out at once, such as {ffn: 0.5}; the result is that
+    model alone."""
 
     name = "matryoshka"
 
@@ -41,7 +42,7 @@ class Matryoshka(Rewrite):
     depth: list | None = None
     head: list | None = None
     importance: Literal["variance", "energy"] = "variance"
-    train: Literal["joint", "sandwich"] = "joint"
+    train: Literal["joint", "sandwich", "one"] = "joint"
     inner: float = 0.5
     only: dict | None = None
 
