@@ -96,7 +96,7 @@ def main() -> None:
         tqdm.write(f"{record}: {done[key]}", file=sys.stderr)
         return done[key]
 
-    def tested(model: GPT2LMHeadModel, sizes: list[str]) -> dict[str, float]:
+    def tested(model: Any, sizes: list[str]) -> dict[str, float]:
         return {"whole": test(model), **{name: test(model.slice(**choice_of(name))) for name in sizes}}
 
     parts = {name: getattr(options, name) or None for name in FULL}
@@ -126,8 +126,8 @@ def main() -> None:
 
 
 def is_nested(model: GPT2LMHeadModel) -> bool:
-    entry = getattr(model.config, "matryoshka", None)
-    return bool(entry) and any(len(entry[name]) > 1 for name in FULL)
+    entry: dict[str, Any] = getattr(model.config, "matryoshka", None) or {}
+    return any(len(entry.get(name, ())) > 1 for name in FULL)
 
 
 def name_of(size: Size) -> str:

@@ -30,8 +30,9 @@ from .structure import add_structure, without_structure
 class Matryoshka(Rewrite):
     """ffn, width, depth, head: the smaller sizes, whole numbers or shares of the whole: neurons; numbers of the
     residual stream, with heads and FFNs in proportion; layers; coordinates of the final state that logits are made of.
-    importance: which neurons come first. train: the sizes of a step: all of them (joint), the whole, the smallest and
-    one drawn (sandwich), or one drawn. inner: the share of the whole size's own predictions, against next tokens, in
+    importance: which neurons come first. train: the sizes of a step: one, each in its turn, so that a recovery of as
+    many times more steps costs what the sizes would alone; joint, all of them; sandwich, the whole, the smallest and
+    one drawn. inner: the share of the whole size's own predictions, against next tokens, in
     what the smaller learn, where no teacher is. only: cut this size out at once, such as {ffn: 0.5}; the result is that
     model alone."""
 
@@ -42,8 +43,8 @@ class Matryoshka(Rewrite):
     depth: list | None = None
     head: list | None = None
     importance: Literal["variance", "energy"] = "variance"
-    train: Literal["joint", "sandwich", "one"] = "joint"
-    inner: float = 0.5
+    train: Literal["joint", "sandwich", "one"] = "one"
+    inner: float = 0.0
     only: dict | None = None
 
     # ------------------------------------------------------------ structure
