@@ -342,6 +342,8 @@ def sliced_model(tensors: Mapping[str, Tensor], config: GPT2CompressedConfig, si
 class GPT2CompressedForSequenceClassification(GPT2CompressedPreTrainedModel, GPT2ForSequenceClassification):
     """The classifier; needs `config.pad_token_id` for batches of more than one."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^head_map\."]  # noqa: RUF012 (what stands before the other head)
+
     def __init__(self, config: GPT2CompressedConfig):
         super().__init__(config)
         self.transformer = GPT2CompressedModel(config)
