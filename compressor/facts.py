@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
-from . import gpt2, models, run_folder
+from . import gpt2, models, run_folder, slicing
 from .checkpoint import shared_layers, structure_hash
 from .errors import UserError
 from .metrics.cache import cache_bytes
 from .metrics.flops import flops_per_token
 from .metrics.size import parameters, predicted_bytes, stored_besides
+from .modeling.nesting import sliced_config
 from .modeling.tversky_layers import tversky_places
 from .recipe import Recipe
 from .rewrites import Rewrite
@@ -66,9 +67,31 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "flops_per_token_before": flops_per_token(config),
         "cache_bytes": cache_bytes(result),
         "cache_bytes_before": cache_bytes(config),
+        "slices": _slices(result, recipe.slices),
         "flops_to_make": work,
         "seconds_to_make": round(work / _measured_flops(), 1),
     }
+
+
+def _slices(config: GPT2Config, chosen: str | list | None) -> list[dict[str, Any]]:
+    """The smaller models that a recipe cuts out of the one it makes, or may."""
+    if chosen is None and not slicing.is_nested(config):
+        return []
+    found = []
+    for name, size in slicing.sizes(config, chosen or slicing.ALL).items():
+        own = sliced_config(config, size)
+        found.append(
+            {
+                "slice": name,
+                "model_type": own.model_type,
+                "layers": own.n_layer,
+                "parameters": parameters(models.build(own)),
+                "flops_per_token": flops_per_token(own),
+                "cache_bytes": cache_bytes(own),
+                "written": chosen is not None,
+            }
+        )
+    return found
 
 
 def placed_somewhere(rewrites: Sequence[Rewrite], config: GPT2Config) -> list[Rewrite]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import artifacts, benchmark, data, models, report, run_folder
+from . import artifacts, benchmark, data, models, report, run_folder, slicing
 from .benchmark import Report
 from .errors import UserError
 from .facts import inspect, placed_somewhere, plan
@@ -31,6 +31,7 @@ from .steps.prove import export, verify_model
 from .steps.recover import CHECKPOINTS, finetune
 from .steps.rewrite import rewrite
 from .steps.search import found_windows, search, search_context, searched_with, windows_file
+from .steps.slice import make as make_slices
 
 __all__ = [
     "Columns",
@@ -52,7 +53,7 @@ __all__ = [
 
 RECIPE = "recipe.yaml"
 # What `run --force` makes anew; whatever else lies in the folder is not its own.
-_MADE = (*report.FILES, MEASURED, CLASSIFIERS, CHECKPOINTS, run_folder.BASELINES, *run_folder.STEPS,
+_MADE = (*report.FILES, MEASURED, CLASSIFIERS, CHECKPOINTS, run_folder.BASELINES, run_folder.SLICES, *run_folder.STEPS,
          run_folder.WINDOWS, "alignment.json", "alignment.safetensors", RECIPE)  # fmt: skip
 
 
@@ -95,6 +96,10 @@ def make(
             _rewrite(folder, recipe, session)
     if recipe.finetune is not None:
         finetune(folder, recipe.finetune, session, resume=True)
+    if recipe.slices is not None:
+        with session.alone() as here:
+            if here:
+                make_slices(folder, recipe.slices, session)
     kinds = [word for word in recipe.benchmark.baselines if word in run_folder.BASELINE_KINDS]
     if kinds:
         baselines.make(folder, kinds, session, recovery=recipe.finetune)
@@ -115,6 +120,8 @@ def _check(recipe: Recipe, session: Session, columns: Columns) -> None:
     check(recipe.rewrites, config)
     somewhere = placed_somewhere(recipe.rewrites, config)
     result = models.build(structure(somewhere, config))
+    if recipe.slices is not None:
+        slicing.sizes(result.config, recipe.slices)
     contexts = {"calibration": config.n_positions, "test": 2}  # of one block of each part that is needed
     place, settings = _searched(recipe), recipe.search
     if place is not None and settings is not None:

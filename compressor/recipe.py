@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from . import benchmark, data, fields, run_folder
+from . import benchmark, data, fields, run_folder, slicing
 from .errors import UserError, unknown
 from .fields import parameter_count
 from .rewrites import REWRITES, Rewrite, from_record
@@ -130,6 +130,7 @@ class Recipe:
     search: Search | None
     rewrites: tuple[Rewrite, ...]
     finetune: Finetune | None
+    slices: str | list | None  # smaller models to cut out of a nested one, before and after recovery: all, or which
     benchmark: Benchmark
 
     def record(self) -> dict[str, Any]:
@@ -142,6 +143,7 @@ class Recipe:
             "search": None if self.search is None else dataclasses.asdict(self.search),
             "rewrites": [rewrite.record() for rewrite in self.rewrites],
             "finetune": None if self.finetune is None else dataclasses.asdict(self.finetune),
+            "slices": self.slices,
             "benchmark": dataclasses.asdict(self.benchmark),
         }
 
@@ -257,6 +259,7 @@ def from_plain(record: Mapping[str, Any]) -> Recipe:
     metrics = fields.from_record(Benchmark, _section(record, "benchmark"), "benchmark")
     sources = record.get("data", "demo")
     data.specs(sources)
+    slicing.check_chosen(record.get("slices"))
     seed = fields.typed("recipe", "seed", record.get("seed", 0), int)
     if not 0 <= seed < 1 << 63:
         raise UserError(f"recipe: seed is {seed}; allowed: whole numbers from 0 to 2^63 - 1")
@@ -291,6 +294,7 @@ def from_plain(record: Mapping[str, Any]) -> Recipe:
         search=search,
         rewrites=tuple(chosen),
         finetune=_optional(Finetune, record, "finetune"),
+        slices=record.get("slices"),
         benchmark=metrics,
     )
 

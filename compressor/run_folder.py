@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ STEPS = ("control", "rewritten", "recovered")  # the models of a run, in the ord
 BASELINES = "baselines"  # the folder of models that are there to be compared with, one of each kind below
 BASELINE_KINDS = ("pruned", "dropped")
 RECOVERED = "-recovered"  # what the name of a baseline ends in that got the run's recovery
+SLICES = "slices"  # the folder of models that are cut out of those of a run
+SLICED = {"before": "rewritten", "after": "recovered"}  # folder in it -> the step that its models are cut out of
+SLICE, UNTRAINED = "slice ", " (rewritten)"  # what the name of a row begins with, and ends in before recovery
 WINDOWS = "windows.json"
 
 
@@ -87,6 +91,23 @@ def baselines(path: str | Path, kinds: Collection[str] = BASELINE_KINDS) -> dict
     return {name: folder / name for name in names if (folder / name / "config.json").is_file()}
 
 
+def slices(path: str | Path) -> dict[str, Path]:
+    """The slices that a run folder has: name of the row -> its folder, those before recovery first, of each part the
+    largest first."""
+    found: dict[str, Path] = {}
+    for state, ending in (("before", UNTRAINED), ("after", "")):
+        place = Path(path).expanduser() / SLICES / state
+        names = [config.parent.name for config in place.glob("[!.]*/config.json")]
+        found |= {SLICE + name + ending: place / name for name in sorted(names, key=_falling)}
+    return found
+
+
+def _falling(name: str) -> list[tuple[str, list[int]]]:
+    """What sorts slices by the parts that are smaller, then by how much is left, the most first."""
+    parts = [part.partition("-") for part in name.split("_")]
+    return [(part, [-int(number) for number in re.findall(r"\d+", left)]) for part, _, left in parts]
+
+
 def check_baselines(words: Sequence[Any]) -> None:
     """Raise UserError for what is no list of different words."""
     wrong = [word for word in words if not isinstance(word, str) or not word.strip()]
@@ -132,7 +153,7 @@ def rows(names: Sequence[str], others: Sequence[str] | None = None) -> dict[str,
             raise UserError(f"{name} has no rewritten model yet; `gpt2-compress rewrite --run {name}` makes one")
         if models.locate(base).resolve() not in places:
             add("original" if len(names) == 1 else base, base)
-        for step, model in (made_here | baselines(folder, kinds)).items():
+        for step, model in (made_here | slices(folder) | baselines(folder, kinds)).items():
             add(f"{before[name]}: {step}" if before[name] else step, str(model))
     for word in others or ():
         if word not in BASELINE_KINDS and models.locate(word).resolve() not in places:
@@ -203,6 +224,11 @@ def warn_of_strangers(names: Sequence[str], notice: Callable[[str], None]) -> No
             continue
         there = steps(name) | baselines(name)
         reports = {step: made(models.find(str(there[step]))) or {} for step in there}
+        for row, folder in slices(name).items():
+            step = SLICED["before" if row.endswith(UNTRAINED) else "after"]
+            start, own = reports.get(step, {}).get("weights"), made(models.find(str(folder))) or {}
+            if start is not None and own.get("made_from", {}).get("start", start) != start:
+                notice(f"warning: {folder} was cut out of another {step} model than {there[step]} is now")
         rewritten, recovered = reports.get("rewritten", {}), reports.get("recovered", {}).get("made_from", {})
         for step, report in reports.items():
             before = "rewritten" if step == "recovered" else step.removesuffix(RECOVERED)

@@ -25,6 +25,7 @@ def plan(body: dict[str, Any]) -> str:
             f"bytes            {_change(body['bytes_before'], body['bytes'])}",
             f"FLOPs per token  {_change(body['flops_per_token_before'], body['flops_per_token'])}",
             f"cache            {_change(body['cache_bytes_before'], body['cache_bytes'])}",
+            *(_slice_lines(body) if body["slices"] else []),
             f"time to make     about {body['seconds_to_make']:.0f} s here",
             *([f"note             {note}"] if (note := _twins(body)) else []),
             *(
@@ -35,6 +36,20 @@ def plan(body: dict[str, Any]) -> str:
             *(["note             calibration text will choose which layers go"] if any(body["calibrated"]) else []),
         ]
     )
+
+
+def _slice_lines(body: dict[str, Any]) -> list[str]:
+    """The smaller models of a plan, against the model before."""
+    width = max(len(row["slice"]) for row in body["slices"])
+
+    def figure(row: dict[str, Any], key: str, word: str) -> str:
+        return f"{row[key]:,} {word} ({row[key] / body[f'{key}_before'] - 1:+.1%})"
+
+    return [
+        f"slice            {row['slice']:{width}}  {row['layers']} layers, {figure(row, 'parameters', 'parameters')}, "
+        f"{figure(row, 'flops_per_token', 'FLOPs per token')}, {row['model_type']}"
+        for row in body["slices"]
+    ]
 
 
 def _twins(body: dict[str, Any]) -> str:

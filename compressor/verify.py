@@ -23,8 +23,9 @@ TOLERANCE = 1e-4  # on logits in float32: other kernels, other order of sums
 REPORT = "report.json"  # what a step leaves beside the model that it makes
 RECOVERY = "recovery"
 BASELINE = "baseline"
+SLICE = "slice"
 # kind of such a report -> command
-MADE_BY = {"rewrite": "rewrite", RECOVERY: "finetune", BASELINE: "benchmark --baselines"}
+MADE_BY = {"rewrite": "rewrite", RECOVERY: "finetune", BASELINE: "benchmark --baselines", SLICE: "slice"}
 SENTENCE = "The film was long, but its 3 endings were not."
 _HEADER = 64 * 1024  # bytes of names and shapes a safetensors file may have beside the weights
 _MODELING = Path(modeling.__file__).parent
@@ -126,6 +127,8 @@ def made(folder: Path, config: GPT2Config) -> dict[str, Any] | None:
     shapes = {"weights": str, "parameters": int, "parameters_before": int, "probe": dict, "provenance": dict}
     if kind == RECOVERY:
         shapes |= {"made_from": dict, "recovery": dict, "selection_perplexity": dict}
+    elif kind == SLICE:
+        shapes |= {"made_from": dict}
     wrong = [key for key, shape in shapes.items() if not isinstance(document.get(key), shape)]
     if not wrong and not all(_numbers(document["probe"].get(key)) for key in ("ids", "tokens", "logits", "logsumexp")):
         wrong = ["probe"]

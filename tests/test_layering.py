@@ -22,7 +22,7 @@ STOREYS = [
     {"session", "facts", "run_folder", "recipe", "suite"},  # what the steps share
     {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
-     "training_rows", "training_schedule", "training_state", "nested_training", "classification",
+     "training_rows", "training_schedule", "training_state", "nested_training", "slicing", "classification",
      "tversky_gpt", "token_factored_gpt"},  # stages
     {"models", "checkpoint", "checkpoint_attention", "checkpoint_config", "checkpoint_nesting", "gpt2",
      "artifacts", "data", "examples", "sources", "tokens", "fields", "windows", "errors", "processes",

@@ -42,6 +42,7 @@ _STATE = {
     "trained on the budget of its recovery",
     "dropped-recovered": "a baseline: the original without as many blocks as a rewritten model lacks, then trained on "
     "the budget of its recovery",
+    "slice": "a slice: one of the smaller models that are nested in another, cut out",
 }
 
 
@@ -63,7 +64,7 @@ def _digest(text: str) -> str:
 def card(step: str, made: Mapping[str, Any], config: GPT2Config, measured: Report | None = None) -> str:
     """The card of a model, signed.
 
-    step: rewritten | recovered | control. made: the report.json beside the model. measured: a benchmark whose rows are
+    step: one of _STATE. made: the report.json beside the model. measured: a benchmark whose rows are
     the original, the control where there is one, and this model as the last.
     """
     origin = made["provenance"]

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..benchmark import Report
-from .rows import BASELINES, BEFORE, part
+from .rows import BASELINES, is_slice, part, untrained
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,13 +75,13 @@ def looks(report: Report) -> dict[str, Look]:
         run, step = part(row.name)
         if index == 0:
             found[row.name] = Look(INK, "D")
-        elif step not in ("", "rewritten", "recovered"):
+        elif step not in ("", "rewritten", "recovered") and not is_slice(step):
             kind = next((kind for kind in BASELINES if step.startswith(kind)), "")
-            found[row.name] = Look(GREY, _BESIDE.get(kind, "s"), hollow=step in BEFORE)
+            found[row.name] = Look(GREY, _BESIDE.get(kind, "s"), hollow=untrained(step))
         else:
             place = len(kinds)
             kinds.setdefault(run, (COLOURS[place % 6], _MARKERS[place // 6 % 6]))
-            found[row.name] = Look(*kinds[run], hollow=step == "rewritten")
+            found[row.name] = Look(*kinds[run], hollow=untrained(step))
     return found
 
 

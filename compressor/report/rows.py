@@ -11,13 +11,24 @@ BASELINES = ("pruned", "dropped")  # models of a run that are there to be compar
 RECOVERED = "-recovered"  # what the name of one ends in that got the run's recovery
 STEPS = ("control", "rewritten", "recovered", *BASELINES, *(kind + RECOVERED for kind in BASELINES))
 BEFORE = ("rewritten", *BASELINES)  # steps that a recovery may follow
+SLICE, UNTRAINED = "slice ", " (rewritten)"  # of models cut out of a run's own, before recovery the latter too
 
 
 def part(name: str) -> tuple[str, str]:
     """(run, step) of a row's name: "mine: control" is ("mine", "control"), "control" ("", "control"); any other row
     is itself, without a step."""
     run, colon, step = name.rpartition(": ")
-    return (run, step) if step in STEPS and (colon or not run) else (name, "")
+    own = step in STEPS or step.startswith(SLICE)
+    return (run, step) if own and (colon or not run) else (name, "")
+
+
+def is_slice(step: str) -> bool:
+    return step.startswith(SLICE)
+
+
+def untrained(step: str) -> bool:
+    """Whether a step stands before a recovery."""
+    return step in BEFORE or (is_slice(step) and step.endswith(UNTRAINED))
 
 
 def runs(report: Report) -> list[str]:
@@ -36,6 +47,8 @@ def recovered_from(step: str) -> str | None:
     """The step that a recovered model comes from: "rewritten" of "recovered", "pruned" of "pruned-recovered"."""
     if step == "recovered":
         return "rewritten"
+    if is_slice(step):
+        return None if untrained(step) else step + UNTRAINED
     return step.removesuffix(RECOVERED) if step.endswith(RECOVERED) else None
 
 
@@ -43,7 +56,7 @@ def recovered_from(step: str) -> str | None:
 class Pair:
     """A model before and after its recovery."""
 
-    name: str  # of the run, or of the baseline
+    name: str  # of the run, of the baseline, or of the slice
     run: str
     before: Row
     after: Row
@@ -57,7 +70,8 @@ def pairs(report: Report) -> list[Pair]:
         start = recovered_from(step)
         before = member(report, run, start) if start else None
         if before is not None and start is not None:
-            found.append(Pair(run if start == "rewritten" else before.name, run, before, row))
+            name = row.name if is_slice(step) else before.name
+            found.append(Pair(run if start == "rewritten" else name, run, before, row))
     return found
 
 
@@ -68,7 +82,8 @@ def results(report: Report) -> list[Row]:
     kept = []
     for row in report.rows[1:]:
         run, step = part(row.name)
-        if step in ("", "recovered") or (step == "rewritten" and run not in whole):
+        own = step in ("", "rewritten", "recovered") or is_slice(step)
+        if own and not (untrained(step) and run in whole):
             kept.append(row)
     return kept
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..benchmark import Report, Row
 from . import extrapolation
 from .figures import Gaps, Way, interval, number, overlap, title, way_of, ways
-from .rows import counterparts, listed, member, part, recovered_from, results
+from .rows import counterparts, is_slice, listed, member, part, recovered_from, results
 from .tables import REGIMES, first, sparse, speed_up
 from .tasks import Figure, Task, tasks
 
@@ -158,7 +158,7 @@ def _before(report: Report, row: Row, way: Way) -> str:
 
 def _control(report: Report, row: Row, way: Way) -> str:
     run, step = part(row.name)
-    control = member(report, run, "control") if step == "recovered" else None
+    control = member(report, run, "control") if step == "recovered" or is_slice(step) else None
     own, other = way.find(row, "perplexity"), way.find(control, "perplexity") if control else None
     if own is None or other is None or not other.value or not math.isfinite(own.value / other.value):
         return ""

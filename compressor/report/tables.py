@@ -9,7 +9,7 @@ from ..metrics import MetricResult
 from . import layout
 from .figures import MISSING, Gaps, Way, number, scaled, way_of, ways
 from .layout import Table
-from .rows import member, named, pairs, part
+from .rows import is_slice, member, named, pairs, part
 
 ELSEWHERE = "see below"  # where a row's figure was taken in another way than the table's
 SPARSE = 0.99  # a model with a smaller share of parameters that are not zero is one that zeros were made in
@@ -117,6 +117,7 @@ def sparse(row: Row) -> bool:
     return (
         count is not None
         and part(row.name)[1] not in ("rewritten", "recovered")
+        and not is_slice(part(row.name)[1])
         and count.settings.get("non_zero", count.value) < SPARSE * count.value
     )
 

@@ -110,12 +110,7 @@ class Matryoshka(Rewrite):
     def resolved(self, base: GPT2Config) -> Matryoshka:
         size = self._only(base)
         sizes: dict[str, Any] = {name: self._absolute(name, base) or None for name in FULL}
-        only = None
-        if size is not None:
-            given: dict[str, Any] = {**size._asdict(), "ffn": list(size.ffn)}
-            only = {**given, "ffn": size.ffn[0]} if len(set(size.ffn)) == 1 else given
-            if size.width < base.n_embd:
-                del only["head"]
+        only = None if size is None else chosen_by(size, base.n_embd)
         return dataclasses.replace(self, **sizes, only=only)
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
@@ -144,7 +139,7 @@ class Matryoshka(Rewrite):
         fit_nested(nested, context, importance=self.importance)
         nested.tie_weights()
         cut = sliced_model(dict(nested.named_parameters()), nested.config, size)
-        model.load_state_dict({key: _alone(value) for key, value in cut.state_dict().items()}, assign=True)
+        model.load_state_dict({key: alone(value) for key, value in cut.state_dict().items()}, assign=True)
 
     # ------------------------------------------------------------ training and export
 
@@ -169,9 +164,18 @@ class Matryoshka(Rewrite):
         return cls(ffn=[max(1, gpt2.d_ff(base) // 2)])
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def alone(tensor: Tensor) -> Tensor:
     """In memory of its own, which a view keeps the whole of."""
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def chosen_by(size: Size, whole_width: int) -> dict[str, Any]:
+    """The choices that `size_of` makes this size of: what `only` is, and what a nested model's `slice` takes."""
+    ffn = list(size.ffn) if len(set(size.ffn)) > 1 else size.ffn[0]
+    found = {**size._asdict(), "ffn": ffn}
+    if size.width < whole_width:
+        del found["head"]  # that of a narrower model is its width
+    return found
 
 
 def _whole(base: GPT2Config) -> dict[str, int]:

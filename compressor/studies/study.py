@@ -105,7 +105,8 @@ def _claim(folder: Path, study: Study, shared: Mapping[str, Any], session: Sessi
 
 
 def rows(folder: Path, recipes: Mapping[str, Recipe]) -> dict[str, str]:
-    """Row -> MODEL: the original, the control, and each member as rewritten and as recovered, with its baselines."""
+    """Row -> MODEL: the original, the control, and each member as rewritten and as recovered, with its slices and
+    baselines."""
     first, own = next(iter(recipes.items()))
     found = {"original": own.model}
     if own.finetune is not None:
@@ -114,8 +115,8 @@ def rows(folder: Path, recipes: Mapping[str, Recipe]) -> dict[str, str]:
         found[f"{name}: rewritten"] = str(folder / name / "rewritten")
         if own.finetune is not None:
             found[f"{name}: recovered"] = str(folder / name / "recovered")
-        for baseline, model in run_folder.baselines(folder / name).items():
-            found[f"{name}: {baseline}"] = str(model)
+        more = run_folder.slices(folder / name) | run_folder.baselines(folder / name)
+        found |= {f"{name}: {row}": str(model) for row, model in more.items()}
     return found
 
 
@@ -124,8 +125,8 @@ def _benchmark(study: Study, folder: Path, recipes: Mapping[str, Recipe], sessio
         artifacts.remove(folder / MEASURED)  # killed between the report and this
         return
     shared, models = next(iter(recipes.values())), rows(folder, recipes)
-    recovered = {} if shared.finetune is None else {row for row in models if row.endswith("recovered")}
-    before = [row for row in models if recovered and ": " in row and row not in recovered]
+    untrained = ("rewritten", run_folder.UNTRAINED, *run_folder.BASELINE_KINDS)
+    before = [row for row in models if shared.finetune is not None and ": " in row and row.endswith(untrained)]
     pipeline.run_benchmark(
         [str(folder / name) for name in recipes],
         folder,
