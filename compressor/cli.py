@@ -142,26 +142,9 @@ def _rewrite(options: argparse.Namespace, overrides: list[str], notices: list[st
     start = "best" if options.best else options.start
     if options.best and options.start is not None:
         raise UserError(f"--best and --start {options.start} say two things; give one")
-    record = _rewrite_record(options, overrides, {} if start is None else {"start": start})
+    record = command_line.rewrite_record(options.rewrite, overrides, {} if start is None else {"start": start})
     body = pipeline.rewrite(options.run, [from_record(record)], _session(options, notices))
     return _print(options, {**body, "run": str(options.run)}, show.rewrite(str(options.run / "rewritten"), body))
-
-
-def _rewrite_record(options: argparse.Namespace, overrides: list[str], given: dict[str, Any]) -> dict[str, Any]:
-    from . import recipe
-
-    return {"rewrite": options.rewrite, **given, **_keys(overrides, {"rewrite": options.rewrite, **given}, recipe)}
-
-
-def _keys(overrides: list[str], given: dict[str, Any], recipe: Any) -> dict[str, Any]:
-    """key=value as plain values. Raises UserError for a key that was given already."""
-    values: dict[str, Any] = {}
-    for override in overrides:
-        key, _, text = override.partition("=")
-        if key in given or key in values:
-            raise UserError(f"{override}: {key} is {({**given, **values})[key]!r} already; give it once")
-        values[key] = recipe.parse_yaml(text, override)
-    return values
 
 
 def _search(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
@@ -169,7 +152,7 @@ def _search(options: argparse.Namespace, overrides: list[str], notices: list[str
     from .recipe import Search
     from .rewrites import from_record
 
-    record = _rewrite_record(options, overrides, {"start": "best"})
+    record = command_line.rewrite_record(options.rewrite, overrides, {"start": "best"})
     body = pipeline.search(
         options.run,
         from_record({key: value for key, value in record.items() if key != "start"}),  # not every rewrite has one
@@ -196,7 +179,7 @@ def _finetune(options: argparse.Namespace, overrides: list[str], notices: list[s
         raise UserError("--force begins anew and --resume goes on; give one")
     named = {name: getattr(options, name) for name in ("steps", "train", "distill", "control")}
     given = {name: value for name, value in named.items() if value not in (None, False)}
-    record = {"control": False, **given, **_keys(overrides, given, recipe)}
+    record = {"control": False, **given, **command_line.keys(overrides, given)}
     settings = fields.from_record(recipe.Finetune, record, "finetune")
     bodies = pipeline.finetune(
         options.run,
@@ -290,6 +273,24 @@ def _benchmark(options: argparse.Namespace, overrides: list[str], notices: list[
     return _print(options, result.to_dict(), f"{report.table(result)}\n\n{show.written(str(options.out))}")
 
 
+def _slice(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
+    from . import pipeline
+
+    given = {name: getattr(options, name) for name in ("ffn", "width", "depth", "head")}
+    body = pipeline.slice_model(
+        options.model,
+        options.out,
+        _session(options, notices),
+        choice={name: value for name, value in given.items() if value is not None},
+        max_parameters=options.max_parameters,
+        max_latency=options.max_latency,
+        source=options.data,
+        columns=pipeline.Columns(options.text_column, options.split),
+        max_tokens=options.max_tokens,
+    )
+    return _print(options, {**body, "path": str(options.out)}, show.cut(str(options.out), body))
+
+
 def _report(options: argparse.Namespace, overrides: list[str], notices: list[str]) -> int:
     from . import pipeline, report
 
@@ -330,6 +331,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], list[str]], int]] =
     "benchmark": _benchmark,
     "run": _run,
     "study": _study,
+    "slice": _slice,
     "report": _report,
     "inspect": _inspect,
     "verify": _verify,

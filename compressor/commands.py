@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .arguments import each_layer, folder, layer_or_word, positive, seed, share, share_or_number, sizes, tokens
 from .errors import UserError
 
 _MODEL = "a hub name, a save_pretrained folder, a run folder, or demo"
@@ -70,6 +71,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     _benchmark(command)
     _run(command)
     _study(command)
+    _slice(command)
     _report(command)
     inspect = command("inspect", "what a model or a run is", "inspect runs/mine")
     inspect.add_argument("path", metavar="PATH", help=_MODEL)
@@ -79,7 +81,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         "export", "fold to dense plain GPT-2, for llama.cpp, vLLM, ONNX", "export runs/mine --dense my-gpt2-dense"
     )
     export.add_argument("path", metavar="PATH", help=_MODEL)
-    export.add_argument("--dense", required=True, metavar="OUT", type=_folder, help="the folder to write")
+    export.add_argument("--dense", required=True, metavar="OUT", type=folder, help="the folder to write")
     demo = command(
         "demo",
         "the whole pipeline on the embedded model, offline",
@@ -88,7 +90,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         keys=True,
     )
     demo.add_argument("--recipe", default="soft_shared", metavar="RECIPE", help="default: soft_shared")
-    demo.add_argument("--run", type=_folder, metavar="DIR", default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--run", type=folder, metavar="DIR", default=Path("runs/demo"), help="default: runs/demo")
     demo.set_defaults(text_column=None, split=None)
     return parser, commands
 
@@ -99,42 +101,10 @@ Command = Callable[..., Parser]
 def _common(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="to compute in: float32 (default), bfloat16, float16; files keep their own")
-    parser.add_argument("--seed", type=_seed, help="default: 0, or the recipe's")
+    parser.add_argument("--seed", type=seed, help="default: 0, or the recipe's")
     parser.add_argument("--force", action="store_true", help="replace what is there; verify: run foreign code")
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no notices")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; allowed: whole numbers from 0 to 2^63 - 1")
-    return int(text)
-
-
-def _folder(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("'' is no folder")
-    return Path(text)
-
-
-def _tokens(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 2")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 1")
-    return int(text)
-
-
-def _sizes(text: str) -> list[int]:
-    return [_positive(item) for item in text.split(",")]
-
-
-def _layer_or_word(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
 
 
 def _columns(parser: Parser) -> None:
@@ -162,8 +132,8 @@ def _align(command: Command) -> None:
     )
     align.add_argument("--model", required=True, metavar="M", help=_MODEL)
     align.add_argument("--data", default="demo", metavar="D", help=_DATA)
-    align.add_argument("--run", required=True, metavar="DIR", type=_folder, help="the run folder to write into")
-    align.add_argument("--max-tokens", type=_tokens, default=4000, metavar="N", help="calibration tokens: 4000")
+    align.add_argument("--run", required=True, metavar="DIR", type=folder, help="the run folder to write into")
+    align.add_argument("--max-tokens", type=tokens, default=4000, metavar="N", help="calibration tokens: 4000")
     align.add_argument("--site", choices=("pre", "post"), default="pre", help="before or after the activation function")
     align.add_argument("--method", choices=("activation", "weight", "none"), default="activation")
     align.add_argument(
@@ -175,7 +145,7 @@ def _align(command: Command) -> None:
     align.add_argument("--n", type=int, metavar="K", help="window length, for --pairs direct")
     align.add_argument(
         "--anchor",
-        type=_layer_or_word,
+        type=layer_or_word,
         metavar="A",
         help="first, middle (default), last or a layer, for --pairs direct",
     )
@@ -191,16 +161,16 @@ def _search(command: Command) -> None:
         "search --run runs/mine --rewrite merged_n tie=true --target-parameters 100M --sizes 2,4",
         keys=True,
     )
-    search.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `align` made")
+    search.add_argument("--run", required=True, metavar="DIR", type=folder, help="a run folder that `align` made")
     search.add_argument("--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n")
     search.add_argument("--data", metavar="D", help=f"selection text (default: the run's): {_DATA}")
     search.add_argument("--strategy", choices=("all", "middle", "random"), default="all", help="which windows: all")
-    search.add_argument("--count", type=_positive, default=1, metavar="N", help="how many, for --strategy random")
+    search.add_argument("--count", type=positive, default=1, metavar="N", help="how many, for --strategy random")
     search.add_argument("--race", action="store_true", help="drop windows that are clearly behind")
-    search.add_argument("--max-tokens", type=_tokens, default=16384, metavar="N", help="selection tokens: 16384")
-    search.add_argument("--context", type=_tokens, metavar="N", help="of a selection block: 256, or the model's")
+    search.add_argument("--max-tokens", type=tokens, default=16384, metavar="N", help="selection tokens: 16384")
+    search.add_argument("--context", type=tokens, metavar="N", help="of a selection block: 256, or the model's")
     search.add_argument("--target-parameters", metavar="N", help="such as 100M: several windows jointly, down to this")
-    search.add_argument("--sizes", type=_sizes, metavar="N,N", help="the n that these windows may have")
+    search.add_argument("--sizes", type=sizes, metavar="N,N", help="the n that these windows may have")
     _columns(search)
 
 
@@ -212,7 +182,7 @@ def _rewrite(command: Command) -> None:
         "rewrite --run runs/mine --rewrite compressed_n --start 4 n=4 collapse=fit",
         keys=True,
     )
-    rewrite.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `align` made")
+    rewrite.add_argument("--run", required=True, metavar="DIR", type=folder, help="a run folder that `align` made")
     rewrite.add_argument(
         "--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n, dropped_n, pruned"
     )
@@ -231,9 +201,9 @@ def _finetune(command: Command) -> None:
         "finetune --run runs/mine --steps 100 --control --resume",
         keys=True,
     )
-    tune.add_argument("--run", required=True, metavar="DIR", type=_folder, help="a run folder that `rewrite` made")
+    tune.add_argument("--run", required=True, metavar="DIR", type=folder, help="a run folder that `rewrite` made")
     tune.add_argument("--data", metavar="D", help=f"training and selection text (default: the run's): {_DATA}")
-    tune.add_argument("--steps", type=_positive, metavar="N", help="default: 100, of 4096 tokens each")
+    tune.add_argument("--steps", type=positive, metavar="N", help="default: 100, of 4096 tokens each")
     tune.add_argument(
         "--train",
         choices=("auto", "deltas", "lora", "full"),
@@ -256,7 +226,7 @@ def _run(command: Command) -> None:
         keys=True,
     )
     run.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
-    run.add_argument("--run", type=_folder, metavar="DIR", help="default: runs/RECIPE")
+    run.add_argument("--run", type=folder, metavar="DIR", help="default: runs/RECIPE")
     _columns(run)
 
 
@@ -273,7 +243,7 @@ def _study(command: Command) -> None:
         keys=True,
     )
     study.add_argument("study", metavar="NAME", help="code_n_all, soft_shared, attention or tversky_scaling")
-    study.add_argument("--run", type=_folder, metavar="DIR", help="default: runs/NAME")
+    study.add_argument("--run", type=folder, metavar="DIR", help="default: runs/NAME")
     _columns(study)
 
 
@@ -286,7 +256,7 @@ def _benchmark(command: Command) -> None:
         "benchmark runs/mine --out bench --baselines pruned,dropped,distilgpt2",
     )
     bench.add_argument("models", nargs="+", metavar="MODEL", help=f"{_MODEL}; a run folder gives all of its models")
-    bench.add_argument("--out", required=True, metavar="DIR", type=_folder, help="where the report goes")
+    bench.add_argument("--out", required=True, metavar="DIR", type=folder, help="where the report goes")
     chosen = bench.add_mutually_exclusive_group()
     chosen.add_argument(
         "--metrics", metavar="A,B,C", help="default: perplexity,size; more: latency,extrapolation,imdb,rouge,generation"
@@ -301,11 +271,44 @@ def _benchmark(command: Command) -> None:
     )
     bench.add_argument(
         "--max-tokens",
-        type=_tokens,
+        type=tokens,
         metavar="N",
         help="score the first N tokens only (default: all; of extrapolation 16384)",
     )
     _columns(bench)
+
+
+def _slice(command: Command) -> None:
+    cut = command(
+        "slice",
+        "cut a smaller model out of a nested one (rewrite matryoshka), by its size or by a budget",
+        "slice runs/matryoshka --ffn 0.5 --out half",
+        "slice runs/mine --ffn 3072,3072,1536,1536,1536,768 --depth 6 --out mixed",
+        "slice runs/mine --width 384 --out narrow",
+        "slice runs/matryoshka --max-parameters 100M --out best-100M",
+        "slice runs/matryoshka --max-latency 0.7 --data wikitext --out fast",
+    )
+    cut.add_argument("model", metavar="MODEL", help=f"{_MODEL}, with smaller models nested in it")
+    cut.add_argument("--out", required=True, metavar="DIR", type=folder, help="the folder to write")
+    kept = "how many are kept; with a dot a share of the whole, such as 0.5"
+    cut.add_argument("--ffn", type=each_layer, metavar="N[,N,...]", help=f"neurons, or those of each layer: {kept}")
+    cut.add_argument("--width", type=share_or_number, metavar="N", help="numbers of the residual stream")
+    cut.add_argument("--depth", type=share_or_number, metavar="N", help="layers")
+    cut.add_argument("--head", type=share_or_number, metavar="N", help="coordinates that the logits are made of")
+    cut.add_argument(
+        "--max-parameters",
+        metavar="N",
+        help="such as 100M: of what has no more, the slice with the best measured perplexity",
+    )
+    cut.add_argument(
+        "--max-latency",
+        type=share,
+        metavar="SHARE",
+        help="of the whole model's time to generate, such as 0.7",
+    )
+    cut.add_argument("--data", metavar="D", help=f"what a budget is met on (default: the model's own): {_DATA}")
+    cut.add_argument("--max-tokens", type=tokens, metavar="N", help="selection tokens: 16384")
+    _columns(cut)
 
 
 def _report(command: Command) -> None:
@@ -316,4 +319,4 @@ def _report(command: Command) -> None:
         "report runs/mine bench --out all --json",
     )
     gathered.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder that `benchmark` wrote")
-    gathered.add_argument("--out", required=True, metavar="DIR", type=_folder, help="where the report goes")
+    gathered.add_argument("--out", required=True, metavar="DIR", type=folder, help="where the report goes")

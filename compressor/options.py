@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .commands import Parser, build
 from .errors import UserError, suggestion, unknown
@@ -59,3 +60,22 @@ def _key_of(parser: Parser, word: str, remaining: Iterator[str]) -> str:
         near = suggestion(name, parser.values)
         raise UserError(f"unknown option {name}{near}" if near else f"{name} needs a value, as in {name} 8")
     return f"{key}={value}"
+
+
+def rewrite_record(rewrite: str, overrides: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A rewrite as a recipe has it, of its name, what options gave and key=value."""
+    record = {"rewrite": rewrite, **given}
+    return {**record, **keys(overrides, record)}
+
+
+def keys(overrides: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """key=value as plain values. Raises UserError for a key that was given already."""
+    from . import recipe  # not with --help: it loads torch
+
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key in given or key in values:
+            raise UserError(f"{override}: {key} is {({**given, **values})[key]!r} already; give it once")
+        values[key] = recipe.parse_yaml(text, override)
+    return values

@@ -32,6 +32,7 @@ from .steps.recover import CHECKPOINTS, finetune
 from .steps.rewrite import rewrite
 from .steps.search import found_windows, search, search_context, searched_with, windows_file
 from .steps.slice import make as make_slices
+from .steps.slice import slice_model
 
 __all__ = [
     "Columns",
@@ -48,6 +49,7 @@ __all__ = [
     "run",
     "run_benchmark",
     "search",
+    "slice_model",
     "verify_model",
 ]
 

@@ -102,6 +102,15 @@ def lasting_specs(data_given: str | Mapping[str, str]) -> str | dict[str, str]:
     return {part: lasting_data(spec) for part, spec in data.specs(data_given).items()}
 
 
+def may_be_replaced(out: Path, force: bool) -> None:
+    """A folder that a model is to be written to: nothing is there, or, with force, a model or nothing in it."""
+    model = out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))
+    if force and out.exists() and not model:
+        raise UserError(f"{out} is no model's folder and is not replaced; give another folder")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists already; give another folder or --force to replace it")
+
+
 def must_be_folder(path: Path) -> None:
     """Said before the work, not after it."""
     if path.exists() and not path.is_dir():

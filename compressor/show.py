@@ -90,6 +90,46 @@ def rewrite(folder: str, body: dict[str, Any]) -> str:
     )
 
 
+def cut(folder: str, body: dict[str, Any]) -> str:
+    """What was cut out, and of a budget what was measured."""
+    return "\n".join(
+        [
+            *(_measured(body["plan"]) if "plan" in body else []),
+            f"{folder}: {body['slice']}",
+            f"layers           {body['layers_whole']} -> {body['layers']}",
+            f"parameters       {_change(body['parameters_whole'], body['parameters'])}",
+            f"bytes            {_change(body['bytes_whole'], body['bytes'])}",
+            f"FLOPs per token  {_change(body['flops_per_token_whole'], body['flops_per_token'])}",
+            f"cache            {_change(body['cache_bytes_whole'], body['cache_bytes'])}",
+        ]
+    )
+
+
+def _measured(plan: dict[str, Any]) -> list[str]:
+    """The slices that were measured for a budget, the largest first."""
+    on, rows = plan["perplexity_of"], plan["candidates"]
+    whole = next(row["perplexity"] for row in rows if row["slice"] == "whole")
+    width, timed = max(len(row["slice"]) for row in rows), any(row["latency"] is not None for row in rows)
+    lines = []
+    for row in rows:
+        score, time = row["perplexity"], row["latency"]
+        against = "" if score is None or whole is None else f"{score / whole - 1:+.1%}"
+        told = "  taken" if row["picked"] else "" if row["within"] else "  over the budget"
+        lines.append(
+            f"{row['slice']:{width}} {'*' if row['front'] else ' '} {row['parameters']:13,}  "
+            + (f"{'' if time is None else f'{time:.3f}':>10}  " if timed else "")
+            + f"{'-' if score is None else f'{score:.2f}':>10}  {against:>13}{told}"
+        )
+    return [
+        f"perplexity on {on['tokens']:,} tokens of {on['source']}, {on['part']} data; sizes looked at: "
+        f"{plan['looked_at']}; * no other is better in all:",
+        "",
+        f"{'slice':{width}}   {'parameters':>13}  {'time/whole  ' if timed else ''}perplexity  against whole",
+        *lines,
+        "",
+    ]
+
+
 def model(body: dict[str, Any]) -> str:
     """What a model is, as lines of text."""
     from .report import tversky  # not with --help: it loads torch

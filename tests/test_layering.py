@@ -15,14 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent / "compressor"
 # From the top. A module may import what stands on its own line or below, never above.
 STOREYS = [
     {"__main__"},
-    {"cli", "options", "commands", "show"},
+    {"cli", "options", "commands", "arguments", "show"},
     {"studies"},
     {"pipeline"},
     {"steps"},
     {"session", "facts", "run_folder", "recipe", "suite"},  # what the steps share
     {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
-     "training_rows", "training_schedule", "training_state", "nested_training", "slicing", "classification",
+     "training_rows", "training_schedule", "training_state", "nested_training", "slicing", "slice_choice",
+     "classification",
      "tversky_gpt", "token_factored_gpt"},  # stages
     {"models", "checkpoint", "checkpoint_attention", "checkpoint_config", "checkpoint_nesting", "gpt2",
      "artifacts", "data", "examples", "sources", "tokens", "fields", "windows", "errors", "processes",

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..metrics.flops import flops_per_token
 from ..metrics.size import parameters, weight_bytes
 from ..rewrites import from_record
-from ..session import Session
+from ..session import Session, may_be_replaced
 
 
 def verify_model(path: str, session: Session) -> list[verify.Check]:
@@ -25,10 +25,7 @@ def verify_model(path: str, session: Session) -> list[verify.Check]:
 def export(path: str, out: Path, session: Session) -> dict[str, Any]:
     """Fold a model to dense plain GPT-2 and save it. Replaces a model's folder only, whatever `session.force` says."""
     out = Path(out)
-    if session.force and out.exists() and not (out.is_dir() and ((out / "config.json").is_file() or _empty(out))):
-        raise UserError(f"{out} is no model's folder and is not replaced; give another folder")
-    if out.exists() and not session.force:
-        raise UserError(f"{out} exists already; give another folder or --force to replace it")
+    may_be_replaced(out, session.force)
     opened = session.open(path)
     model = opened.model
     for record in getattr(model.config, "compression", None) or []:
@@ -46,7 +43,3 @@ def export(path: str, out: Path, session: Session) -> dict[str, Any]:
         "bytes": size,
         "flops_per_token": flops_per_token(model),
     }
-
-
-def _empty(folder: Path) -> bool:
-    return not any(folder.iterdir())

@@ -5,18 +5,94 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import artifacts, models, run_folder, slicing, verify
 from ..errors import UserError
+from ..fields import parameter_count
 from ..metrics.cache import cache_bytes
 from ..metrics.flops import flops_per_token
 from ..metrics.size import parameters, weight_bytes
-from ..modeling.nesting import Size
+from ..modeling.nesting import Size, size_of
 from ..models import Checkpoint, OpenModel
 from ..rewrites.matryoshka import chosen_by
-from ..session import Session
+from ..session import ANYWHERE, Columns, Session, may_be_replaced
+from ..slice_choice import Budget
 from . import cards
+from .slice_plan import TOKENS, choose, selection_text
+
+
+def slice_model(
+    path: str,
+    out: Path,
+    session: Session,
+    *,
+    choice: Mapping[str, Any] = MappingProxyType({}),
+    max_parameters: int | str | None = None,
+    max_latency: float | None = None,
+    source: str | None = None,
+    columns: Columns = ANYWHERE,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Cut a smaller model out of a nested one and save it; returns the body of its report.json.
+
+    choice: of `nesting.size_of`. max_parameters, such as 100M, max_latency, a share of the whole model's time: of what
+    is within both, the slice with the lowest perplexity is taken, on `max_tokens` (default 16384) of selection text, of
+    `source` or of the data that the nested model was made with. Raises UserError, before anything is measured, for a
+    model without smaller ones and a size that it has not.
+    """
+    out = Path(out)
+    budget = _budget(choice, max_parameters, max_latency, source, max_tokens)
+    found = models.find(path)
+    config: Any = found.config
+    if getattr(config, "matryoshka", None) is None:
+        raise UserError(
+            f"{path} has no smaller models nested in it; `gpt2-compress rewrite --rewrite matryoshka` makes one that "
+            "has"
+        )
+    if not slicing.is_nested(config):
+        raise UserError(f"{path} is a slice already; cut the nested model that it came from")
+    try:
+        size = None if budget is not None else size_of(config, **choice)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if out.resolve() == found.folder.resolve():
+        raise UserError(f"{out} is the model to cut from; give another --out")
+    may_be_replaced(out, session.force)
+    facts: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    text = None
+    if budget is not None:
+        text, texts = selection_text(path, run_folder.made(found), source, columns)
+    opened = session.open(path)
+    with artifacts.new_folder(out, force=session.force) as folder:
+        if budget is not None and text is not None:
+            size, facts = choose(opened, budget, text, session, max_tokens=max_tokens or TOKENS)
+        assert size is not None
+        return write(folder, out, opened, size, session, {"plan": facts} if facts else {}, texts)
+
+
+def _budget(
+    choice: Mapping[str, Any],
+    max_parameters: int | str | None,
+    max_latency: float | None,
+    source: str | None,
+    max_tokens: int | None,
+) -> Budget | None:
+    """None where a size is chosen. Raises UserError for both, for neither, and for text that nothing is measured on."""
+    if max_parameters is None and max_latency is None:
+        if not choice:
+            raise UserError(
+                "give a size (--ffn, --width, --depth, --head) or a budget (--max-parameters, --max-latency)"
+            )
+        if source is not None or max_tokens is not None:
+            raise UserError("--data and --max-tokens are for a budget (--max-parameters, --max-latency)")
+        return None
+    if choice:
+        raise UserError(f"a budget chooses the size, and {', '.join(choice)} is given as well; give one of them")
+    count = None if max_parameters is None else parameter_count("max_parameters", max_parameters)
+    return Budget(count, max_latency)
 
 
 def make(run: Path, chosen: str | Sequence[Mapping[str, Any]], session: Session) -> dict[str, Path]:
