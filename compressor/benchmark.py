@@ -37,6 +37,7 @@ COMPARED_UNDER = (
     "batch",
     "prompt_tokens",
     "new_tokens",
+    "draft",
     "prompt",
     "sentences",
     "epochs",

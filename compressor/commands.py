@@ -259,7 +259,9 @@ def _benchmark(command: Command) -> None:
     bench.add_argument("--out", required=True, metavar="DIR", type=folder, help="where the report goes")
     chosen = bench.add_mutually_exclusive_group()
     chosen.add_argument(
-        "--metrics", metavar="A,B,C", help="default: perplexity,size; more: latency,extrapolation,imdb,rouge,generation"
+        "--metrics",
+        metavar="A,B,C",
+        help="default: perplexity,size; more: latency,extrapolation,assisted,imdb,rouge,generation",
     )
     chosen.add_argument("--suite", metavar="NAME", help="quick, full, or a .yaml file")
     bench.add_argument("--data", nargs="+", default=[], metavar="[METRIC=]D", help=_DATA)
@@ -273,7 +275,7 @@ def _benchmark(command: Command) -> None:
         "--max-tokens",
         type=tokens,
         metavar="N",
-        help="score the first N tokens only (default: all; of extrapolation 16384)",
+        help="score the first N tokens only (default: all; of extrapolation and assisted 16384)",
     )
     _columns(bench)
 

@@ -136,6 +136,29 @@ def extrapolation(base: float, ratios: dict[int, float], *, takes: int | None = 
     return found
 
 
+def assisted(drafts: dict[str, tuple[float, float, float]], same: float = 1.0) -> list[MetricResult]:
+    """draft -> (acceptance, tokens a pass, speed-up)."""
+    shared = {
+        "protocol": "greedy, 5 drafted tokens, constant", "prompts": 4, "prompt_tokens": 64, "new_tokens": 64,
+        "draft_tokens": 5, "schedule": "constant", "max_tokens": 16384, "source": "wikitext", "part": "test",
+        "fingerprint": "ab" * 32,
+    }  # fmt: skip
+    found = []
+    for draft, (accepted, tokens, speed) in drafts.items():
+        own = {**shared, "draft": draft}
+        spread = {"iqr": 0.02, "least": speed - 0.05, "most": speed + 0.05, "method": "of the ratios"}
+        times = {**own, "plain_ms_per_token": 20.0, "assisted_ms_per_token": 20 / speed}
+        found += [
+            MetricResult("acceptance", accepted, "share of drafted tokens", True, 400, None, own),
+            MetricResult("tokens_per_pass", tokens, "tokens a pass", True, 80, None, own),
+            MetricResult("assisted_speed_up", speed, "times as fast as without a draft", True, 5, spread, times),
+            MetricResult(
+                "same_text", same, "share of texts", True, 4, None, {**own, "gap": 0.0 if same == 1 else 2e-6}
+            ),
+        ]
+    return found
+
+
 def row(name: str, results: list[MetricResult], *gaps: Gap, weights: str = "") -> Row:
     return Row(name, f"runs/{name}", tuple(results), weights or name, gaps)
 

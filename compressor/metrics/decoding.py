@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +28,21 @@ from ..errors import UserError
 from .base import Progress
 
 BATCH = 16  # rows
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A smaller model that guesses `tokens` ahead; one pass of the model then takes of them what it would choose.
+
+    schedule: constant, or heuristic: from `tokens` on 2 more after guesses that were all taken, else 1 less.
+    confidence: it stops guessing at a token that it gives less than this, a threshold that transformers then moves with
+    what is taken; 0: never.
+    """
+
+    model: PreTrainedModel
+    tokens: int
+    schedule: Literal["constant", "heuristic"] = "constant"
+    confidence: float = 0.0
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -49,12 +66,18 @@ def continuations(
     seed: int = 0,
     batch: int = BATCH,
     progress: Progress | None = None,
+    draft: Draft | None = None,
+    as_built: bool = False,
 ) -> list[list[int]]:
     """The new tokens of each prompt (token ids, one or more), in the order of the prompts: at most `new_tokens`, only
     those before the first of `ends`.
 
     Greedy, or with `top_k` sampled at temperature 1 from the k likeliest tokens. forbidden: tokens never chosen. batch:
-    rows of a forward pass; it changes no text. The model comes back as it was; its own generation_config is not used.
+    rows of a forward pass; it changes no text. draft: writes ahead what the model then takes or not, which changes no
+    text either but where two tokens are as likely up to rounding; it needs a batch of 1 and no top_k. as_built: with
+    the activations that transformers builds, for time. The model comes back as it was; its own generation_config is not
+    used.
+
     Raises UserError where a prompt and its new tokens need more positions than the model has, and for NaN logits.
     """
     longest, positions = max(map(len, prompts), default=0), gpt2.longest(model.config)
@@ -68,13 +91,26 @@ def continuations(
     settings = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=0
     )
-    with torch.no_grad(), gpt2.evaluating(model), gpt2.fused_activations(model), _own_settings_only(model):
+    with torch.no_grad(), ExitStack() as state:
+        extra: dict[str, Any] = {}
+        for one in (model,) if draft is None else (model, draft.model):
+            state.enter_context(gpt2.evaluating(one))
+            if not as_built:
+                state.enter_context(gpt2.fused_activations(one))
+            state.enter_context(_own_settings_only(one))
         for start in range(0, len(order), batch):
             rows = [prompts[index] for index in order[start : start + batch]]
             ids, mask = _left_padded(rows, gpt2.device(model))
             choice = _Choice(rows, new_tokens, ids.shape[1], forbidden, top_k, seed)
+            if draft is not None:  # what its schedule came to in the last text is left there
+                draft.model.generation_config = _drafting(draft)
+                extra = {"assistant_model": draft.model}
             output = model.generate(  # type: ignore[operator]
-                ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList([choice])
+                ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([choice]),
+                **extra,
             )
             for index, row in zip(order[start : start + batch], output[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((place for place, token in enumerate(row) if token in ends), len(row))
@@ -82,6 +118,15 @@ def continuations(
             if progress is not None:
                 progress(min(start + batch, len(order)), len(order))
     return found
+
+
+def _drafting(draft: Draft) -> GenerationConfig:
+    """generate takes these from the draft's own generation_config."""
+    return GenerationConfig(
+        num_assistant_tokens=draft.tokens,
+        num_assistant_tokens_schedule=draft.schedule,
+        assistant_confidence_threshold=draft.confidence,
+    )
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def measure(
                 "repeats": repeats,
                 "warm_up": warm_up,
                 "models": len(models),
-                **_machine(model),
+                **machine(model),
             }
             tokens = length + new_tokens
             held = cache_bytes(cast(GPT2Config, model.config), tokens, model.dtype.itemsize)
@@ -170,7 +170,8 @@ def _result(metric: str, unit: str, values: np.ndarray, settings: dict[str, Any]
     return MetricResult(metric, float(median), unit, False, len(values), spread, settings)
 
 
-def _machine(model: PreTrainedModel) -> dict[str, Any]:
+def machine(model: PreTrainedModel) -> dict[str, Any]:
+    """Where and how a model computes, which belongs to every time."""
     parameter = next(model.parameters())
     device = parameter.device
     return {

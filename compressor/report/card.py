@@ -21,7 +21,7 @@ from ..gpt2 import longest
 from ..metrics import MetricResult
 from ..modeling import GPT2CompressedConfig
 from ..rewrites import REWRITES
-from . import extrapolation, tables, tasks, tversky
+from . import assisted, extrapolation, tables, tasks, tversky
 from .figures import Gaps, family, scaled, title
 from .layout import Table, code, escaped, markdown
 
@@ -239,7 +239,7 @@ def _figures(measured: Report) -> Iterator[str]:
     for table in tables.perplexities(measured, gaps)[:1]:
         yield escaped(f"{table.title}: {table.note[:1].lower()}{table.note[1:]}".replace(*_placeless(measured)))
     of_tasks = (tasks.table(measured, task, everything=True) for task in tasks.tasks(measured, gaps))
-    for table in (*extrapolation.tables(measured, gaps), *of_tasks):
+    for table in (*extrapolation.tables(measured, gaps), *assisted.tables(measured, gaps), *of_tasks):
         yield f"### {escaped(table.title)}"
         yield markdown(table)
     for reason in gaps.reasons:

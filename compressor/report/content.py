@@ -9,7 +9,7 @@ from typing import Any
 
 from ..artifacts import Provenance
 from ..benchmark import Report
-from . import extrapolation, layout, tables, tasks, tversky
+from . import assisted, extrapolation, layout, tables, tasks, tversky
 from .figures import MISSING, Gaps
 from .layout import Table
 from .pictures import Picture, pictures
@@ -30,7 +30,7 @@ class Content:
     findings: tuple[str, ...]
     workflow: tuple[str, ...]  # a study's
     main: Table
-    tables: tuple[Table, ...]  # recovery, perplexity, lengths, latency, tasks, size
+    tables: tuple[Table, ...]  # recovery, perplexity, lengths, latency, drafts, tasks, size
     missing: Table | None  # why each gap is there
     pictures: tuple[Picture, ...]
     prompts: tuple[Prompt, ...]
@@ -60,6 +60,7 @@ def content(report: Report, stories: Sequence[Story] = ()) -> Content:
             *tables.perplexities(report, gaps),
             *extrapolation.tables(report, gaps),
             *tables.latencies(report, gaps),
+            *assisted.tables(report, gaps),
             *(tasks.table(report, task, everything=True) for task in tasks.tasks(report, gaps)),
             *([size] if size else ()),
         ),

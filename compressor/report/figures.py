@@ -19,11 +19,12 @@ GIVES: dict[str, tuple[str, ...]] = {
     "perplexity": ("perplexity", "word_perplexity"),
     "latency": ("prefill_latency", "decode_latency"),
     "extrapolation": ("length_perplexity", "repetition"),
+    "assisted": ("acceptance", "tokens_per_pass", "assisted_speed_up", "same_text"),
     "imdb": ("imdb_accuracy",),
     "rouge": ("rouge1", "rouge2", "rougeL"),
     "generation": ("distinct1", "distinct2", "looping"),
 }
-TASKLESS = ("size", "perplexity", "latency", "extrapolation")  # these have tables of their own
+TASKLESS = ("size", "perplexity", "latency", "extrapolation", "assisted")  # these have tables of their own
 TITLES = {
     "imdb": "IMDb",
     "rouge": "Summaries",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from ..benchmark import Report
-from . import extrapolation, tables, tasks, tversky
+from . import assisted, extrapolation, tables, tasks, tversky
 from .content import Content, missing
 from .figures import Gaps, ways
 from .layout import Table, code, escaped, fenced, markdown, plain
@@ -67,6 +67,7 @@ def terminal(report: Report, gaps: Gaps) -> str:
     parts += map(headed, extrapolation.tables(report, gaps))
     if len(ways(report, "latency")) > 1:  # the main table has the first kind
         parts += map(headed, tables.latencies(report, gaps))
+    parts += map(headed, assisted.tables(report, gaps))
     parts += [headed(tasks.table(report, task, everything=False)) for task in tasks.tasks(report, gaps)]
     absent = missing(gaps)
     if absent:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..benchmark import Report
-from . import bars, course, drawing, extrapolation_plot, lengths, scatter, tversky
+from . import assisted_plot, bars, course, drawing, extrapolation_plot, lengths, scatter, tversky
 from .figures import Gaps, title
 from .rows import part
 from .story import Story
@@ -26,10 +26,18 @@ _TASKS = {"imdb": "task_imdb.png", "rouge": "task_rouge.png", "generation": "tas
 _OTHER = "task_other.png"
 _RUNS = {"windows": "windows.png", "curves": "recovery.png", "alignment": "alignment.png", "tversky": "tversky.png"}
 
-_EXTRAPOLATION, _LENGTHS = "extrapolation.png", "lengths.png"
+_EXTRAPOLATION, _LENGTHS, _ASSISTED = "extrapolation.png", "lengths.png", "assisted.png"
 
 # Every plot that a report may have; one that it has not is removed where an earlier report left it.
-FILES = (*(file for file, _ in _COSTS.values()), _EXTRAPOLATION, _LENGTHS, *_TASKS.values(), _OTHER, *_RUNS.values())
+FILES = (
+    *(file for file, _ in _COSTS.values()),
+    _EXTRAPOLATION,
+    _LENGTHS,
+    _ASSISTED,
+    *_TASKS.values(),
+    _OTHER,
+    *_RUNS.values(),
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def pictures(report: Report, gaps: Gaps, stories: Sequence[Story]) -> list[Pictu
     reach = partial(extrapolation_plot.plot, report, gaps)
     offered.append((_EXTRAPOLATION, extrapolation_plot.TITLE, extrapolation_plot.CAPTION, reach))
     offered.append((_LENGTHS, lengths.TITLE, lengths.CAPTION, partial(lengths.plot, report)))
+    offered.append((_ASSISTED, assisted_plot.TITLE, assisted_plot.CAPTION, partial(assisted_plot.plot, report)))
     found = tasks(report, gaps)
     families = list(dict.fromkeys(task.family for task in found))
     for family in [name for name in families if name in _TASKS]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..benchmark import Report, Row
-from . import extrapolation
+from . import assisted, extrapolation
 from .figures import Gaps, Way, interval, number, overlap, title, way_of, ways
 from .rows import counterparts, is_slice, listed, member, part, recovered_from, results
 from .tables import REGIMES, first, sparse, speed_up
@@ -23,6 +23,7 @@ def findings(report: Report, gaps: Gaps) -> list[str]:
         *_perplexity(report),
         *extrapolation.findings(report, gaps),
         *_speed(report),
+        *assisted.findings(report),
         *(sentence for task in tasks(report, gaps) for sentence in _task(report, task)),
         *_missing(gaps),
     ]
