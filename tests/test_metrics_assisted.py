@@ -154,6 +154,9 @@ def test_the_end_of_text_does_not_end_it(shallow):
     assert 0 in itertools.chain(*continuations(shallow, pieces(), NEW))
     own = figures(measure(subject(shallow, toy_tokenizer()), TEXT, **QUICK))["depth-2"]
     assert own["tokens_per_pass"].value * own["tokens_per_pass"].count == pytest.approx(2 * NEW)
+    byhand = [drafted_by_hand(shallow, shallow.slice(depth=2), prompt, 5) for prompt in pieces()]
+    drafted, accepted = (sum(part) for part in list(zip(*byhand, strict=True))[2:])
+    assert own["acceptance"].value == accepted / drafted < 1, "nor is it drafted"
     texts = continuations(shallow, pieces(), NEW, forbidden=[0], batch=1, draft=Draft(shallow.slice(depth=2), 5))
     assert not any(0 in text for text in texts) and {len(text) for text in texts} == {NEW}
 
