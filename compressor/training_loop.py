@@ -283,6 +283,7 @@ class Loop:
                 parameter.copy_(stored.parameters[name])
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(stored.step), device=self.device),
-                    "exp_avg": stored.first_moments[name].to(self.device),
-                    "exp_avg_sq": stored.second_moments[name].to(self.device),
+                    # laid out in memory as the parameter is, which AdamW in one kernel takes for granted
+                    "exp_avg": torch.empty_like(parameter).copy_(stored.first_moments[name]),
+                    "exp_avg_sq": torch.empty_like(parameter).copy_(stored.second_moments[name]),
                 }

@@ -558,7 +558,7 @@ def test_an_interrupted_recovery_goes_on_as_if_nothing_had_been(tmp_path):
     from compressor.finetune import StateFolder
 
     def recovered(stop=None):
-        rewrite, original, model = nested({"ffn": [0.5, 0.25], "depth": [3], "train": "sandwich"})
+        rewrite, original, model = nested({"ffn": [0.5], "depth": [3], "head": [16], "train": "sandwich"})
         blocks = toy_blocks(original.config)
         origin = provenance(seed=0, base_model="toy", base_hash="0", data={}, device="cpu", dtype="float32")
         folder = StateFolder(tmp_path / "state", origin)
@@ -572,7 +572,7 @@ def test_an_interrupted_recovery_goes_on_as_if_nothing_had_been(tmp_path):
             return model, finetune(model, blocks, blocks, **asked)
         with pytest.raises(KeyboardInterrupt):
             finetune(model, blocks, blocks, state_folder=folder, checkpoint_every=2, progress=halt, **asked)
-        rewrite, original, model = nested({"ffn": [0.5, 0.25], "depth": [3], "train": "sandwich"})
+        rewrite, original, model = nested({"ffn": [0.5], "depth": [3], "head": [16], "train": "sandwich"})
         return model, finetune(model, blocks, blocks, state_folder=folder, resume=True, **asked)
 
     (straight, _), (resumed, _) = recovered(), recovered(stop=5)
