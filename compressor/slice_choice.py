@@ -69,14 +69,21 @@ def front(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def combined(trained: Sequence[Size]) -> list[Size]:
-    """The sizes that a model was trained at, the whole first, and those that are smaller as two of them at once."""
-    whole = trained[0]
-    found = list(trained)
-    for one, other in combinations(trained[1:], 2):
-        ffn = tuple(min(pair) for pair in zip(one.ffn, other.ffn, strict=False))
-        width, depth, head = (min(pair) for pair in zip(one[1:], other[1:], strict=True))
-        found.append(Size(ffn, width, depth, head if width == whole.width else width))
+    """The sizes that a model was trained at, the whole first, and those that are smaller as two of them at once; then
+    the smallest there is."""
+    found = [
+        *trained,
+        *(_smaller(pair, trained[0]) for pair in combinations(trained[1:], 2)),
+        _smaller(trained, trained[0]),
+    ]
     return list(dict.fromkeys(found))
+
+
+def _smaller(sizes: Sequence[Size], whole: Size) -> Size:
+    """What all of them have in common."""
+    width, depth, head = (min(each) for each in zip(*(size[1:] for size in sizes), strict=True))
+    ffn = tuple(min(layer) for layer in zip(*(size.ffn[:depth] for size in sizes), strict=True))
+    return Size(ffn, width, depth, head if width == whole.width else width)
 
 
 def mixes(costs: Mapping[Size, float], budget: float, *, spare: int = 0) -> list[Size]:

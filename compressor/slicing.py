@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from . import models
 from .errors import UserError
-from .modeling.nesting import FULL, Size, full_size, proportional, size_of
+from .modeling.nesting import FULL, Size, full_size, proportional, size_of, sliced
 from .rewrites.matryoshka import Matryoshka, alone, chosen_by, trained_sizes
 
 ALL = "all"
@@ -74,6 +75,12 @@ def sizes(config: Any, chosen: str | Sequence[Mapping[str, Any]]) -> dict[str, S
             if found[-1] == full_size(config):
                 raise UserError(f"slices: {dict(entry)} is the whole model")  # type: ignore[arg-type]
     return {name(config, size): size for size in found}
+
+
+def parameters(config: Any, of: Iterable[Size]) -> dict[Size, int]:
+    """How many parameters the model of each size has, from the config: no weight is read, no model made."""
+    tensors = dict(models.build(config).named_parameters())
+    return {size: sum(tensor.numel() for tensor in sliced(tensors, config, size).values()) for size in of}
 
 
 @torch.no_grad()

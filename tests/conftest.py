@@ -18,6 +18,7 @@ from toy import toy_alignment, toy_gpt2
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 END = "<|endoftext|>"
+NESTED = {"rewrite": "matryoshka", "ffn": [0.5, 0.25], "width": [16], "depth": [4], "head": [16]}
 _WORDS = (
     "the a one this that film story actor scene ending music camera river house winter summer dog garden letter friend "
     "was is seemed felt looked became slow quick warm dark long short quiet clever careless and but because while with "
@@ -142,6 +143,41 @@ def made_run(_made_run, tmp_path) -> Path:
 def aligned_run(_made_run, tmp_path) -> Path:
     """The same before the rewrite."""
     return shutil.copytree(_made_run, tmp_path / "aligned", ignore=shutil.ignore_patterns("rewritten"))
+
+
+@pytest.fixture(scope="session")
+def _nested_run(tmp_path_factory, _made_run) -> Path:
+    from compressor import pipeline
+    from compressor.rewrites import from_record
+
+    run = shutil.copytree(_made_run, tmp_path_factory.mktemp("n") / "run", ignore=shutil.ignore_patterns("rewritten"))
+    pipeline.rewrite(run, [from_record(NESTED)], pipeline.Session(device="cpu", quiet=True))
+    return run
+
+
+@pytest.fixture(scope="session")
+def _recovered_run(tmp_path_factory, _nested_run) -> Path:
+    from compressor import pipeline
+    from compressor.recipe import Finetune
+
+    run = shutil.copytree(_nested_run, tmp_path_factory.mktemp("r") / "run")
+    settings = Finetune(
+        steps=2, batch_tokens=128, context=32, selection_tokens=128, train="lora", control=False, checkpoint_every=9
+    )
+    pipeline.finetune(run, settings, pipeline.Session(device="cpu", quiet=True))
+    return run
+
+
+@pytest.fixture
+def nested_run(_nested_run, tmp_path) -> Path:
+    """A run folder of its own whose rewritten/ is NESTED."""
+    return shutil.copytree(_nested_run, tmp_path / "nested")
+
+
+@pytest.fixture
+def recovered_run(_recovered_run, tmp_path) -> Path:
+    """The same with recovered/."""
+    return shutil.copytree(_recovered_run, tmp_path / "recovered")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,9 @@ from compressor import run_folder
 from compressor.report.rows import (
     BASELINES,
     RECOVERED,
+    SLICE,
+    UNTRAINED,
+    chains,
     counterparts,
     listed,
     member,
@@ -77,3 +80,25 @@ def test_what_a_report_is_about():
 def test_models_in_a_sentence():
     assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
     assert named(["a", "b"]) == "a and b" and named("abcd") == "4 models"
+
+
+def test_slices_belong_to_the_run_that_they_are_of():
+    assert SLICE == run_folder.SLICE and UNTRAINED == run_folder.UNTRAINED
+    assert part("slice ffn-8") == ("", "slice ffn-8") and part("mine: slice a (rewritten)")[0] == "mine"
+    whole = of(
+        "original", "control", "rewritten", "recovered", "slice ffn-8 (rewritten)", "slice ffn-4 (rewritten)",
+        "slice depth-2 (rewritten)", "slice ffn-8", "slice ffn-4", "slice depth-2",
+    )  # fmt: skip
+    assert [(pair.name, pair.before.name, pair.after.name) for pair in pairs(whole)][1:] == [
+        (name, f"{name} (rewritten)", name) for name in ("slice ffn-8", "slice ffn-4", "slice depth-2")
+    ]
+    assert [item.name for item in results(whole)] == ["recovered", "slice ffn-8", "slice ffn-4", "slice depth-2"]
+    assert [[item.name for item in chain] for chain in chains(whole)] == [
+        ["rewritten", "slice ffn-8 (rewritten)", "slice ffn-4 (rewritten)"],
+        ["rewritten", "slice depth-2 (rewritten)"],
+        ["recovered", "slice ffn-8", "slice ffn-4"],
+        ["recovered", "slice depth-2"],
+    ]
+    before = of("original", "a: rewritten", "a: slice ffn-8 (rewritten)", "b: slice ffn-8")
+    assert [item.name for item in results(before)] == ["a: rewritten", "a: slice ffn-8 (rewritten)", "b: slice ffn-8"]
+    assert len(chains(before)) == 2 and pairs(before) == []

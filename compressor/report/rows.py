@@ -75,6 +75,20 @@ def pairs(report: Report) -> list[Pair]:
     return found
 
 
+def chains(report: Report) -> list[list[Row]]:
+    """Models out of one file, those before recovery and those after it apart: the whole one where it was measured, and
+    its slices that are smaller in the same parts."""
+    found: dict[tuple[str, bool, tuple[str, ...]], list[Row]] = {}
+    for row in report.rows:
+        run, step = part(row.name)
+        if is_slice(step):
+            before = untrained(step)
+            parts = tuple(word.partition("-")[0] for word in step.removeprefix(SLICE).split("_"))
+            whole = member(report, run, "rewritten" if before else "recovered")
+            found.setdefault((run, before, parts), [] if whole is None else [whole]).append(row)
+    return list(found.values())
+
+
 def results(report: Report) -> list[Row]:
     """The models that the report is about: what came out of a run, or was given by itself; neither the original, nor
     what is there to be compared with, nor a stage on the way."""

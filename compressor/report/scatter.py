@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..benchmark import Report, Row
 from .drawing import GREY, INK, Look, canvas, label, log_scale, looks, short
 from .figures import Way, number, ways
-from .rows import pairs
+from .rows import chains, pairs, part, untrained
 from .tables import first, sparse
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def plot(report: Report, cost: str) -> Figure | None:
     numbered = len(found) > _NAMED
     figure = canvas(max(4.8, 0.2 * len(found) + 1))
     axes = figure.add_subplot()
-    lines = [*_frontier(axes, frontier(found)), *_recoveries(axes, report, found)]
+    lines = [*_frontier(axes, frontier(found)), *_slices(axes, report, found), *_recoveries(axes, report, found)]
     for point in found:
         size = 8 if point.look.marker == "D" else 7
         axes.plot(point.x, point.y, linestyle="none", markersize=size, zorder=3, **point.look.marks)
@@ -132,6 +132,22 @@ def _recoveries(axes: Axes, report: Report, found: Sequence[Point]) -> list[list
     return lines
 
 
+def _slices(axes: Axes, report: Report, found: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    """A line through the slices of one nested model, the larger ones first, dotted before recovery."""
+    places = {point.name: point for point in found}
+    lines = []
+    for chain in chains(report):
+        known = [places[row.name] for row in chain if row.name in places]
+        if len(known) > 1:
+            lines.append([(point.x, point.y) for point in known])
+            style = ":" if untrained(part(chain[-1].name)[1]) else "-"
+            look = known[-1].look
+            axes.plot(
+                *zip(*lines[-1], strict=True), color=look.colour, linestyle=style, linewidth=1.4, alpha=0.6, zorder=1
+            )
+    return lines
+
+
 def _across(report: Report, cost: str) -> str:
     base = short(report.rows[0].name)
     if cost == "parameters":
@@ -178,6 +194,8 @@ def caption(report: Report, cost: str) -> str:
     )
     if any({pair.before.name, pair.after.name} <= found for pair in pairs(report)):
         text += " Arrows go from a model before its recovery to the same one after it."
+    if any(len({row.name for row in chain} & found) > 1 for chain in chains(report)):
+        text += " Slices of one nested model are joined by a line, dotted before recovery."
     if cost == "parameters" and any(sparse(row) for row in report.rows):
         text += " A pruned model stands at its parameters that are not zero; its file stores the zeros too."
     if left:

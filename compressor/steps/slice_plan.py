@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import data, models, slicing
+from .. import data, slicing
 from ..errors import UserError
 from ..metrics import latency
 from ..metrics.perplexity import perplexity
-from ..metrics.size import parameters
-from ..modeling.nesting import Size, full_size, sliced_config
+from ..modeling.nesting import Size, full_size
 from ..models import OpenModel
 from ..rewrites.matryoshka import chosen_by, trained_sizes
 from ..session import Columns, Session
@@ -36,17 +35,17 @@ def choose(
     """
     config = opened.model.config
     trained = trained_sizes(config)
-    every = [_counted(config, size) for size in combined(trained)]
+    every = _counted(config, combined(trained))
     if budget.parameters is not None:
         counts = {item.size: float(item.parameters) for item in every}
-        every += [_counted(config, size) for size in mixes(counts, budget.parameters)]
+        every += _counted(config, mixes(counts, budget.parameters))
         _least(every, budget)
     fit = [item for item in every if within(item, budget)]
     settings: dict[str, Any] = {}
     if budget.latency is not None:
         fit, settings = _timed(opened, fit, session)
         times = {item.size: item.latency or math.inf for item in fit}
-        new = [_counted(config, size) for size in mixes(times, budget.latency, spare=1) if size not in times]
+        new = _counted(config, [size for size in mixes(times, budget.latency, spare=1) if size not in times])
         fit += _timed(opened, [item for item in new if within(item, budget)], session)[0]
         _least(fit, budget)
     chosen = worth_measuring([item for item in fit if within(item, budget)], trained)
@@ -85,8 +84,9 @@ def choose(
     }
 
 
-def _counted(config: Any, size: Size) -> Candidate:
-    return Candidate(slicing.name(config, size), size, parameters(models.build(sliced_config(config, size))))
+def _counted(config: Any, sizes: Sequence[Size]) -> list[Candidate]:
+    counts = slicing.parameters(config, sizes)
+    return [Candidate(slicing.name(config, size), size, counts[size]) for size in sizes]
 
 
 def _slice(opened: OpenModel, size: Size) -> Any:
