@@ -199,6 +199,49 @@ def test_a_model_so_broken_that_its_perplexity_is_no_number(tmp_path, tiny_token
     assert said.code == 0 and "selection perplexity beyond numbers -> " in said.out
 
 
+# ---------------------------------------------------------------- slices
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "give a size (--ffn, --width, --depth, --head) or a budget (--max-parameters, --max-latency)"),
+        ("--ffn 0.3", "ffn is 0.3; allowed: 128, 64, 32, or as a share of 128"),
+        ("--ffn half", "argument --ffn: 'half'; allowed: a whole number, or with a dot a share of the whole"),
+        ("--ffn 64,", "argument --ffn: ''; allowed"),
+        ("--ffn 64,64", "ffn has 2 numbers; allowed: one, or one for each of 6 layers"),
+        ("--depth 0", "argument --depth: '0'; allowed"),
+        ("--width nan.", "argument --width: 'nan.'; allowed"),
+        ("--max-latency 2", "argument --max-latency: '2'; allowed: a number above 0, up to 1"),
+        ("--max-parameters 70k --ffn 0.5", "a budget chooses the size, and ffn is given as well"),
+        ("--max-parameters 1", "max_parameters=1 is out of reach; the smallest slice, "),
+        ("--ffn 0.5 --max-tokens 99", "--data and --max-tokens are for a budget"),
+        ("--ffn 0.5 --dtype half", "unknown dtype 'half'"),
+        ("--fnn 0.5", "unknown option --fnn (did you mean '--ffn'?)"),
+    ],
+)
+def test_slices_that_cannot_be(line, said, nested_run, tmp_path, refused):
+    assert said in refused("slice", nested_run, "--out", tmp_path / "out", *line.split())
+
+
+def test_a_slice_and_what_it_prints(nested_run, made_run, tmp_path, run, refused):
+    out = tmp_path / "out"
+    assert "has no smaller models nested in it" in refused("slice", made_run, "--out", out, "--ffn", "0.5")
+    said = run("slice", nested_run, "--ffn", "64,64,0.25,0.25", "--depth", 4, "--out", out, "--json")
+    assert said.code == 0 and said.json == {**stored(out / "report.json"), "path": str(out)}
+    assert said.json["slice"] == "ffn-64x2-32x2_depth-4"
+    assert "exists already" in refused("slice", nested_run, "--ffn", "0.5", "--out", out)
+    said = run("slice", nested_run, "--ffn", "0.5", "--out", out, "--force")
+    assert said.code == 0 and said.out.startswith(f"{out}: ffn-64\nlayers           6 -> 6\n")
+    said = run("slice", nested_run, "--max-parameters", "75k", "--max-tokens", 200, "--out", tmp_path / "best")
+    rows = stored(tmp_path / "best" / "report.json")["plan"]["candidates"]
+    lines = said.out.splitlines()
+    assert said.code == 0 and lines[0].startswith("perplexity on 200 tokens of ")
+    for line, row in zip(lines[3:], rows, strict=False):
+        assert line.startswith(row["slice"]) and f"{row['parameters']:,}" in line
+        assert line.endswith("taken") == row["picked"] and f"{row['perplexity']:.2f}" in line
+
+
 # ---------------------------------------------------------------- interrupted, and a full disk
 
 

@@ -8,10 +8,14 @@ import pytest
 from conftest import make_config, make_model
 
 from compressor import facts, pipeline, show
+from compressor.errors import UserError
 from compressor.facts import inspect, plan
+from compressor.metrics.flops import flops_per_token
 from compressor.metrics.size import parameters
+from compressor.models import build, find
 from compressor.recipe import load
 from compressor.rewrites import from_record
+from compressor.rewrites.compose import structure
 
 KEYS = {"layers", "parameters", "parameters_before", "bytes", "flops_per_token"}  # of the contract
 CASES = [
@@ -153,3 +157,22 @@ def test_rewrites_of_a_recipe_are_resolved(tiny_folder):
     assert from_record(body["rewrites"][0]) == from_record(
         {"rewrite": "compressed_n", "n": 3, "start": 1, "anchor": 3, "collapse": "fit"}
     )
+
+
+def test_the_plan_of_a_nested_model_lists_its_slices(tiny_folder):
+    given = [f"model={tiny_folder}", "search=null"]
+    body = plan(load("matryoshka", [*given, "ffn=[0.5]", "depth=[2]"]))
+    assert [(row["slice"], row["layers"], row["model_type"]) for row in body["slices"]] == [
+        ("ffn-64", 6, "gpt2"), ("depth-2", 2, "gpt2")
+    ]  # fmt: skip
+    rewrite = from_record({"rewrite": "matryoshka", "ffn": [0.5], "only": {"ffn": 0.5}})
+    cut = build(structure([rewrite], find(str(tiny_folder)).config))
+    first = body["slices"][0]
+    assert (first["parameters"], first["flops_per_token"]) == (parameters(cut), flops_per_token(cut))
+    assert "slice            ffn-64   6 layers, " in show.plan(body)
+    body = plan(load("matryoshka", [*given, "ffn=[0.5]", "slices=[{ffn: [64, 64, 64, 128, 128, 128]}]"]))
+    assert [row["slice"] for row in body["slices"]] == ["ffn-64x3-128x3"]
+    assert len(plan(load("matryoshka", [*given, "slices=null"]))["slices"]) == 3
+    assert plan(load("compressed_4", [f"model={tiny_folder}", "n=3"]))["slices"] == []
+    with pytest.raises(UserError, match="slices: no smaller models are nested in this one"):
+        plan(load("compressed_4", [f"model={tiny_folder}", "n=3", "slices=all"]))

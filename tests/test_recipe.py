@@ -258,3 +258,13 @@ def test_where_a_window_is_searched_for(write):
     load(write("rewrites: [{rewrite: dropped_n, layers: [9]}, {rewrite: soft_shared, start: best}]"))
     off = load(write("rewrites: [{rewrite: soft_shared}]\nsearch: null\nfinetune: null"))
     assert off.search is None and off.finetune is None and "finetune: null" in off.dump()
+
+
+def test_slices_of_a_recipe(write):
+    given = "rewrites: [{rewrite: matryoshka}]\n"
+    assert load(write(given)).slices is None and load("matryoshka").slices == "all"
+    chosen = load(write(given + "slices: [{ffn: 0.5}, {depth: 8, ffn: [0.5, 256]}]"))
+    assert chosen.slices == [{"ffn": 0.5}, {"depth": 8, "ffn": [0.5, 256]}] and load(write(chosen.dump())) == chosen
+    assert load("matryoshka", ["slices=null"]).slices is None
+    assert "slices: 'some' is not allowed; allowed: null, all, or a list" in refusal("matryoshka", "slices=some")
+    assert "slices: {'fnn': 0.5} is not allowed" in refusal("matryoshka", "slices=[{fnn: 0.5}]")

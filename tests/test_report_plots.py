@@ -83,6 +83,30 @@ def test_recovered_models_are_joined_to_the_rewritten_by_an_arrow():
     assert [(note.xyann, note.xy) for note in arrows] == [((110.529792, 1.6), (110.529792, 1.1))]
 
 
+def test_slices_of_one_model_are_joined_by_a_line_before_and_after():
+    slices = [
+        row(f"slice ffn-{ff}{ending}", [*size(count), *perplexity(score)])
+        for ending, worse in ((" (rewritten)", 20), ("", 0))
+        for ff, count, score in ((2, 100_000_000, 31.0 + worse), (1, 90_000_000, 36.0 + worse))
+    ]
+    whole = report(*SMALL.rows, *slices)
+    figure = drawn(scatter.plot, whole, "parameters")
+    corners = {(item.name, "rewritten" in item.name): (item.x, item.y) for item in points(whole, "parameters")[2:]}
+    expected = [
+        (":", [place for (_, before), place in corners.items() if before]),
+        ("-", [place for (_, before), place in corners.items() if not before]),
+    ]
+    assert len(expected[0][1]) == 3
+    lines = [(line.get_linestyle(), list(zip(*line.get_data(), strict=True))) for line in figure.axes[0].lines]
+    for style, places in expected:
+        assert any(kind == style and path == places for kind, path in lines), style
+    assert "joined by a line, dotted before recovery" in scatter.caption(whole, "parameters")
+    assert "joined by a line" not in scatter.caption(SMALL, "parameters")
+    known = looks(whole)
+    assert {known[item.name].colour for item in slices} == {known["recovered"].colour}
+    assert [known[item.name].hollow for item in slices] == [True, True, False, False]
+
+
 def test_what_has_no_comparable_figure_is_named_and_two_models_are_needed():
     other = row("elsewhere", [*size(100_000_000), *perplexity(9.0, fingerprint="77" * 32)])
     whole = report(*SMALL.rows, other)

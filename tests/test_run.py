@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import compressor
-from compressor import pipeline, run_folder
+from compressor import artifacts, pipeline, run_folder
 from compressor.cli import main
 from compressor.errors import UserError
 from compressor.metrics.size import parameters
@@ -353,3 +353,26 @@ def test_two_processes_make_the_run_of_one(tmp_path, tiny_folder, text_file):
     for words in (again, ["benchmark", "here", "--out", "bench", "--metrics", "size"]):
         out, said = command(words, tmp_path / "two", *launch).communicate(timeout=120)
         assert "Traceback" not in said and "recovered" in out, said[-2000:]
+
+
+def test_slices_of_a_run_are_made_measured_kept_and_forced(tmp_path, tiny_folder, text_file, session):
+    given = [key for key in keys(tiny_folder, text_file) if not key.startswith(("rank", "search"))]
+    given += ["ffn=[0.5]", "depth=[2]", "finetune.steps=1", "finetune.control=false"]
+    chosen, run = load("matryoshka", given), tmp_path / "run"
+    result = pipeline.run(run, chosen, session)
+    names = ["slice depth-2 (rewritten)", "slice ffn-64 (rewritten)", "slice depth-2", "slice ffn-64"]
+    assert [row.name for row in result.rows] == ["original", "rewritten", "recovered", *names]
+    assert all(row.find("perplexity") and row.find("parameters") for row in result.rows)
+    assert "Figures" in (run / "slices" / "after" / "ffn-64" / "README.md").read_text()
+    kept = lasting(run)
+    for place in ("report.json", "slices/after/ffn-64"):  # as a kill leaves it
+        artifacts.remove(run / place)
+    assert pipeline.run(run, chosen, session).rows == result.rows and lasting(run) == kept
+    fewer = load("matryoshka", [*given, "slices=[{ffn: 0.5}]"])
+    with pytest.raises(UserError, match="holds a run of another recipe"):
+        pipeline.run(run, fewer, session)
+    assert len(pipeline.run(run, fewer, dataclasses.replace(session, force=True)).rows) == 5
+    wrong = load("matryoshka", [*given, "slices=[{ffn: 0.25}]"])
+    with pytest.raises(UserError, match=r"slices: ffn is 0.25; allowed: 128, 64, or as a share of 128"):
+        pipeline.run(tmp_path / "other", wrong, session)
+    assert not (tmp_path / "other").exists()

@@ -30,7 +30,7 @@ def test_a_budget_of_parameters_buys_the_best_measured(recovered_run, text_file,
     text, _ = slice_plan.selection_text("run", None, str(text_file), pipeline.Columns())
     assert plan["perplexity_of"]["tokens"] == 300 and text.part == "selection"
     sizes = slicing.sizes(whole.model.config, slicing.ALL)
-    for name in NAMES:
+    for name in sizes:
         within = parameters(whole.model.slice(**chosen_by(sizes[name], 32))) <= most
         assert (name in rows) == within  # what is over the budget was not measured
         if within:
