@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from .. import gpt2
+from .. import gpt2, slicing
 from ..checkpoint_attention import MOST
 from ..data import Text
 from ..errors import UserError, unknown
 from ..modeling.modeling_gpt2_compressed import sliced_model
-from ..modeling.nesting import Size, full_size
 from ..models import OpenModel
-from ..rewrites.matryoshka import trained_sizes
 from ..tokens import text_ids
 from .base import MetricResult, Progress, whole
 from .decoding import Draft, continuations, end_tokens
@@ -151,21 +149,13 @@ def measure(
 def _drafts(model: GPT2LMHeadModel) -> dict[str, GPT2LMHeadModel]:
     """name -> each smaller model that the whole one was trained with, in its memory where the width is the whole."""
     config: Any = model.config
-    sizes = trained_sizes(config)[1:] if getattr(config, "matryoshka", None) else []
-    if not sizes:
+    if not slicing.is_nested(config):
         raise UserError(
             "no smaller models are nested in it that could draft; the rewrite matryoshka makes such a model"
         )
     tensors = dict(model.named_parameters())
-    return {_name(config, size): sliced_model(tensors, config, size) for size in sizes}
-
-
-def _name(config: Any, size: Size) -> str:
-    whole = full_size(config)
-    for part in ("width", "depth", "head"):
-        if getattr(size, part) < getattr(whole, part):
-            return f"{part}-{getattr(size, part)}"
-    return f"ffn-{size.ffn[0]}"
+    sizes = slicing.sizes(config, slicing.ALL)
+    return {name: sliced_model(tensors, config, size) for name, size in sizes.items()}
 
 
 @contextmanager
