@@ -238,11 +238,14 @@ def _study(command: Command) -> None:
         "study code_n_all",
         "study code_n_all model=gpt2 data=wikitext finetune.steps=500 --run runs/gpt2",
         "study soft_shared model=./my-gpt2 data=my.txt",
+        "study matryoshka model=gpt2 data=wikitext --run runs/nested",
         "study tversky_scaling --run runs/counts",
         "study attention model=gpt2 data=wikitext lengths=[512,1024,2048] knob_length=1024",
         keys=True,
     )
-    study.add_argument("study", metavar="NAME", help="code_n_all, soft_shared, attention or tversky_scaling")
+    study.add_argument(
+        "study", metavar="NAME", help="code_n_all, soft_shared, extrapolation, matryoshka, attention or tversky_scaling"
+    )
     study.add_argument("--run", type=folder, metavar="DIR", help="default: runs/NAME")
     _columns(study)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..artifacts import Provenance
 from ..benchmark import Report
-from . import assisted, extrapolation, layout, tables, tasks, tversky
+from . import assisted, extrapolation, layout, nested, tables, tasks, tversky
 from .figures import MISSING, Gaps
 from .layout import Table
 from .pictures import Picture, pictures
@@ -57,6 +57,7 @@ def content(report: Report, stories: Sequence[Story] = ()) -> Content:
         main=Table(main.header, main.body, "Size, quality and speed", note),
         tables=(
             *([recovery] if recovery else ()),
+            *nested.tables(report),
             *tables.perplexities(report, gaps),
             *extrapolation.tables(report, gaps),
             *tables.latencies(report, gaps),

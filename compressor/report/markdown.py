@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from ..benchmark import Report
-from . import assisted, extrapolation, tables, tasks, tversky
+from . import assisted, extrapolation, nested, tables, tasks, tversky
 from .content import Content, missing
 from .figures import Gaps, ways
 from .layout import Table, code, escaped, fenced, markdown, plain
@@ -64,6 +64,7 @@ def terminal(report: Report, gaps: Gaps) -> str:
     parts = [plain(tables.overview(report, gaps))]
     for index, table in enumerate(tables.perplexities(report, gaps)):
         parts.append(headed(table) if index else _head(table))  # the main table has the first
+    parts += map(headed, nested.tables(report))
     parts += map(headed, extrapolation.tables(report, gaps))
     if len(ways(report, "latency")) > 1:  # the main table has the first kind
         parts += map(headed, tables.latencies(report, gaps))

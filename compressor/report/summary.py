@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..benchmark import Report, Row
-from . import assisted, extrapolation
+from . import assisted, extrapolation, nested
 from .figures import Gaps, Way, interval, number, overlap, title, way_of, ways
 from .rows import counterparts, is_slice, listed, member, part, recovered_from, results
 from .tables import REGIMES, first, sparse, speed_up
@@ -21,6 +21,7 @@ def findings(report: Report, gaps: Gaps) -> list[str]:
     return [
         _measured(report),
         *_perplexity(report),
+        *nested.findings(report),
         *extrapolation.findings(report, gaps),
         *_speed(report),
         *assisted.findings(report),

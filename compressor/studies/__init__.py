@@ -5,6 +5,7 @@ from .attention import ATTENTION
 from .code_n_all import CODE_N_ALL
 from .counts import CountStudy, run_counts
 from .extrapolation import EXTRAPOLATION
+from .matryoshka import MATRYOSHKA
 from .measured import MeasuredStudy, run_measured
 from .soft_shared import SOFT_SHARED
 from .study import Member, Study, run_study
@@ -16,6 +17,7 @@ STUDIES: dict[str, Study | CountStudy | MeasuredStudy] = {
     TVERSKY_SCALING.name: TVERSKY_SCALING,
     ATTENTION.name: ATTENTION,
     EXTRAPOLATION.name: EXTRAPOLATION,
+    MATRYOSHKA.name: MATRYOSHKA,
 }
 
 __all__ = ["STUDIES", "CountStudy", "MeasuredStudy", "Member", "Study", "run_counts", "run_measured", "run_study"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import GPT2Config
 
-from .. import artifacts, pipeline, recipe, report, run_folder
-from ..benchmark import Report
+from .. import artifacts, models, pipeline, recipe, report, run_folder
+from ..benchmark import Report, check_metrics
 from ..errors import UserError
 from ..recipe import Recipe, parse_yaml
 from ..session import ANYWHERE, Columns, Session, must_be_folder
@@ -37,9 +38,16 @@ class Study:
     name: str
     title: str
     recipe: Mapping[str, Any]  # of every member but for its rewrites
-    members: tuple[Member, ...]
+    members: tuple[Member, ...] | Callable[[Mapping[str, Any], GPT2Config], tuple[Member, ...]]  # of recipe and model
     before: Collection[str]  # the metrics that the models get right after the rewrite; recovered ones get all
     workflow: tuple[str, ...] = ()  # its steps, and where the report has what came of each
+    apart: Mapping[str, Collection[str]] = field(default_factory=dict)  # metric -> the only rows that it is measured on
+
+    def of(self, shared: Mapping[str, Any]) -> tuple[Member, ...]:
+        """The members for the recipe that they share."""
+        if not callable(self.members):
+            return self.members
+        return self.members(shared, models.find(str(shared["model"])).config)
 
 
 def run_study(
@@ -58,12 +66,13 @@ def run_study(
     the members share. tell: is called with the name of each thing that is begun. Raises UserError as `pipeline.run`.
     """
     shared = recipe.overridden(copy.deepcopy(dict(study.recipe)), overrides)
-    recipes = {member.name: _recipe(shared, member, index == 0) for index, member in enumerate(study.members)}
+    members = study.of(shared)
+    recipes = {member.name: _recipe(shared, member, index == 0) for index, member in enumerate(members)}
     folder = Path(folder)
     must_be_folder(folder)
     with session.alone() as here:
         if here:
-            _claim(folder, study, shared, session)
+            _claim(folder, study, members, shared, session)
     lenders: dict[Any, Path] = {}
     for name, own in recipes.items():
         tell(name)
@@ -86,10 +95,10 @@ def _recipe(shared: Mapping[str, Any], member: Member, first: bool) -> Recipe:
     return dataclasses.replace(made, finetune=dataclasses.replace(made.finetune, control=first))
 
 
-def _claim(folder: Path, study: Study, shared: Mapping[str, Any], session: Session) -> None:
+def _claim(folder: Path, study: Study, members: Sequence[Member], shared: Mapping[str, Any], session: Session) -> None:
     """Write study.yaml, or find the same one there."""
     stored = folder / STUDY
-    wanted = {"study": study.name, "recipe": dict(shared), "members": [member.name for member in study.members]}
+    wanted = {"study": study.name, "recipe": dict(shared), "members": [member.name for member in members]}
     if session.force:
         for name in (STUDY, *report.FILES):
             artifacts.remove(folder / name)
@@ -124,18 +133,28 @@ def _benchmark(study: Study, folder: Path, recipes: Mapping[str, Recipe], sessio
     if (folder / "report.json").is_file() and not session.force:
         artifacts.remove(folder / MEASURED)  # killed between the report and this
         return
-    shared, models = next(iter(recipes.values())), rows(folder, recipes)
-    untrained = ("rewritten", run_folder.UNTRAINED, *run_folder.BASELINE_KINDS)
-    before = [row for row in models if shared.finetune is not None and ": " in row and row.endswith(untrained)]
+    shared, found = next(iter(recipes.values())), rows(folder, recipes)
     pipeline.run_benchmark(
         [str(folder / name) for name in recipes],
         folder,
         shared.benchmark.metrics,
         shared.benchmark.data,
         session,
-        rows=models,
-        only=dict.fromkeys(before, study.before),
+        rows=found,
+        only=_only(study, list(found), shared),
         baselines=shared.benchmark.baselines,
         title=study.title,
         workflow=study.workflow,
     )
+
+
+def _only(study: Study, found: Sequence[str], shared: Recipe) -> dict[str, set[str]]:
+    """The metrics of the rows that do not get all of them."""
+    untrained = ("rewritten", run_folder.UNTRAINED, *run_folder.BASELINE_KINDS)
+    asked = {metric for metric, _ in check_metrics(shared.benchmark.metrics)}
+    only = {}
+    for row in found:
+        early = shared.finetune is not None and ": " in row and row.endswith(untrained)
+        others = {metric for metric, own in study.apart.items() if row not in own}
+        only[row] = (set(study.before) if early else asked) - others
+    return {row: metrics for row, metrics in only.items() if metrics != asked}
