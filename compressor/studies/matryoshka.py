@@ -80,7 +80,7 @@ MATRYOSHKA = Study(
             {"metric": "perplexity", "max_tokens": 32768},
             "size",
             {"metric": "latency", "repeats": 5},
-            "assisted",
+            {"metric": "assisted", "repeats": 3},
         ]},
     },
     members=members,
