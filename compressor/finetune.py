@@ -21,6 +21,7 @@ from .errors import UserError, unknown
 from .nested_training import NestedObjective
 from .processes import LAUNCH, accelerator, processes
 from .rewrites import Rewrite
+from .token_groups import Strings
 from .training_loop import Evaluation, Loop, Step
 from .training_loss import TokenObjective
 from .training_mode import attention_while_training, autocast_dtype, tokens_at_once, training, zeros_held
@@ -86,6 +87,7 @@ def finetune(
     learning_rate: float = 1e-3,
     penalty: float = 1e-4,
     teacher: GPT2LMHeadModel | None = None,
+    strings: Strings | None = None,
     mix: float = 1.0,
     warm_up: int | None = None,
     weight_decay: float = 0.01,
@@ -112,6 +114,7 @@ def finetune(
     rows. Loss: summed NLL over the batch's predicted tokens (pads never count) + `penalty` times the mean of the
     rewrites' penalties; with a teacher (1 - mix) NLL + mix KL(teacher || model) instead of NLL (the teacher moves to
     the model's device).
+    strings: what the tokens of the vocabulary stand for, which imposed groups of a nested model are made of.
     warm_up: steps (default 5 %). weight_decay: on matrices only. dropout: as the model's config has it, else none.
     evaluate_every: steps (default a fifth of them). autocast: auto | bfloat16 | none. forward_tokens: how many a
     forward pass takes (default by device). checkpoint_every, state_folder, resume: the state is stored after so many
@@ -163,7 +166,7 @@ def finetune(
         given = model, teacher, settings["mix"], rewrites if penalty else (), low
         objective = TokenObjective(*given)
         if nests:
-            objective = NestedObjective(*given, nest=nests[0], seed=seed)
+            objective = NestedObjective(*given, nest=nests[0], seed=seed, strings=strings)
             at_once = objective.at_once
         loop = Loop(
             objective=objective,

@@ -15,10 +15,12 @@ from torch.func import functional_call
 from transformers import GPT2LMHeadModel
 
 from . import gpt2, lora
+from .group_loss import HierarchyLoss
 from .modeling.modeling_gpt2_compressed import empty_slice, sliced_model
 from .modeling.nesting import HEAD_MAP, TOKENS, TRUNK, Size, sliced
 from .rewrites import Rewrite
 from .rewrites.base import Nest
+from .token_groups import Strings
 from .training_loss import TokenObjective, token_losses
 from .training_rows import Rows
 from .training_schedule import mixed_seed
@@ -27,7 +29,10 @@ from .training_schedule import mixed_seed
 class NestedObjective(TokenObjective):
     """The mean of the loss over the sizes that a step takes. With a teacher all of them learn as `TokenObjective` has
     it; without, the whole size learns next tokens, the others (1 - inner) NLL + inner KL(whole || size), of the whole
-    size's predictions in the same pass."""
+    size's predictions in the same pass. Where the nest has groups of tokens and a size reads a prefix of the final
+    state, the loss of groups is added with its weight.
+
+    strings: what the tokens of the vocabulary stand for, for imposed groups."""
 
     some_idle = True  # what belongs to sizes that a step does not take
 
@@ -41,12 +46,16 @@ class NestedObjective(TokenObjective):
         *,
         nest: Nest,
         seed: int,
+        strings: Strings | None = None,
     ):
         super().__init__(model, teacher, mix, penalised, low)
         self.distilled = True
         self.nest, self.seed = nest, seed
         self.sizes: tuple[Size, ...] = nest.sizes
         self.empty: dict[Size, Any] = {}
+        self.groups: HierarchyLoss | None = None
+        if nest.groups is not None:
+            self.groups = HierarchyLoss(nest.groups, nest.sizes, model.config.n_embd, strings)
 
     @property
     def at_once(self) -> int:
@@ -55,7 +64,9 @@ class NestedObjective(TokenObjective):
         return min(most, len(self.nest.sizes))
 
     def begin_step(self, step: int) -> None:
-        """Which sizes this step takes: drawn from the seed and the step alone."""
+        """Which sizes this step takes, drawn from the seed and the step alone, and groups of tokens."""
+        if self.groups is not None:
+            self.groups.begin_step(step, gpt2.embeddings(self.model))
         sizes = self.nest.sizes
         if self.at_once == len(sizes):
             return
@@ -96,6 +107,8 @@ class NestedObjective(TokenObjective):
                 hidden, head, targets, mix=mix, dtype=self.low, teacher_hidden=taught[0], teacher_weight=taught[1]
             )
             loss, sums = loss + own, sums + more
+            if self.groups is not None:
+                loss = loss + self.groups.loss(size, hidden, head, targets, self.low)
             if teacher is None and size == whole:
                 taught = hidden.detach(), head.detach()
         count = len(self.sizes)
@@ -121,6 +134,13 @@ class NestedObjective(TokenObjective):
                 return hidden, embeddings
             left = torch.nn.functional.linear(hidden, own[f"{HEAD_MAP}.weight"], own[f"{HEAD_MAP}.bias"])
             return left, embeddings[:, : size.head]
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.groups is None else self.groups.state()
+
+    def take_state(self, state: dict[str, Tensor]) -> None:
+        if self.groups is not None:
+            self.groups.take_state(state)
 
     def selection_nll(self, rows: Rows, share: Sequence[int]) -> float:
         """The mean over all sizes."""

@@ -268,6 +268,7 @@ class Loop:
             first_moments={name: state["exp_avg"] for name, state in moments.items()},
             second_moments={name: state["exp_avg_sq"] for name, state in moments.items()},
             best=self.best,
+            objective=self.objective.state(),
         )
 
     def _take(self, stored: TrainingState) -> None:
@@ -278,6 +279,7 @@ class Loop:
         self.curve = [Step(**row) for row in facts["curve"]]
         self.evaluations = [Evaluation(**row) for row in facts["evaluations"]]
         self.best = {name: tensor.to(self.device) for name, tensor in stored.best.items()}
+        self.objective.take_state(stored.objective)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(stored.parameters[name])

@@ -7,7 +7,7 @@ for the backward pass and none are computed twice. (The idea is Liger Kernel's f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ from .training_rows import Rows
 _LEAST_ROWS = 256  # fewer make the head's products slow
 _LOGITS_AT_ONCE = {"cpu": 1 << 20}  # float32 logits; on a CPU what about fits its caches
 _LOGITS_ELSEWHERE = 1 << 26
+
+
+def slice_rows(positions: int, weight: Tensor) -> Iterator[slice]:
+    """Slices of so many positions whose logits, of a head float[vocabulary, d], are held at once."""
+    size = max(_LEAST_ROWS, _LOGITS_AT_ONCE.get(weight.device.type, _LOGITS_ELSEWHERE) // len(weight))
+    yield from (slice(start, start + size) for start in range(0, positions, size))
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -43,9 +49,7 @@ class _TokenLosses(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.zeros_like(weight) if wants_weight else None
         sums = torch.zeros(2, dtype=torch.float32 if dtype != torch.float64 else dtype, device=hidden.device)
-        size = max(_LEAST_ROWS, _LOGITS_AT_ONCE.get(hidden.device.type, _LOGITS_ELSEWHERE) // len(weight))
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
+        for rows in slice_rows(len(hidden), weight):
             states, wanted = hidden[rows].to(dtype), targets[rows, None]
             logits = (states @ head.T).to(sums.dtype)
             logits -= logits.logsumexp(1, keepdim=True)  # now log p
@@ -109,6 +113,13 @@ class Objective(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Called before the passes of each step, 0 the first."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What else an interrupted training needs to go on as if nothing had been."""
+        return {}
+
+    def take_state(self, state: dict[str, Tensor]) -> None:
+        """Go on with what `state` gave."""
 
     def selection_nll(self, rows: Rows, share: Sequence[int]) -> float:
         """What the model is judged by: the summed NLL of what is predicted in a share of the rows."""

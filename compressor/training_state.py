@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,10 @@ class TrainingState:
     first_moments: dict[str, Tensor]  # AdamW's
     second_moments: dict[str, Tensor]
     best: dict[str, Tensor]  # the trained parameters at the best step
+    objective: dict[str, Tensor] = field(default_factory=dict)  # what else the loss depends on
 
 
-_GROUPS = ("parameters", "first_moments", "second_moments", "best")
+_GROUPS = ("parameters", "first_moments", "second_moments", "best", "objective")
 
 
 def save(folder: StateFolder, state: TrainingState) -> None:

@@ -22,16 +22,16 @@ STOREYS = [
     {"session", "facts", "run_folder", "recipe", "suite"},  # what the steps share
     {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
-     "training_rows", "training_schedule", "training_state", "nested_training", "slicing", "slice_choice",
-     "classification",
+     "training_rows", "training_schedule", "training_state", "nested_training", "group_loss", "slicing",
+     "slice_choice", "embedding_clusters", "classification",
      "tversky_gpt", "token_factored_gpt"},  # stages
     {"models", "checkpoint", "checkpoint_attention", "checkpoint_config", "checkpoint_nesting", "gpt2",
-     "artifacts", "data", "examples", "sources", "tokens", "fields", "windows", "errors", "processes",
+     "artifacts", "data", "examples", "sources", "tokens", "token_groups", "fields", "windows", "errors", "processes",
      "demo", "modeling"},  # ground
 ]  # fmt: skip
 # reopen runs in a process of its own, where the package is not; __init__ is the package's face
 APART = {"reopen", "__init__"}
-FROM_REWRITES = {"alignment", "assignment", "capture", "correlation", *STOREYS[-1]}
+FROM_REWRITES = {"alignment", "assignment", "capture", "correlation", "embedding_clusters", *STOREYS[-1]}
 
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 

@@ -20,6 +20,7 @@ from ..data import TokenBlocks
 from ..errors import UserError
 from ..modeling.nesting import Size
 from ..windows import Window, anchor_layer, check_length, middle_start, tiles, window
+from .hierarchy import Emergent, Imposed
 
 
 @dataclass
@@ -99,11 +100,13 @@ class Nest:
 
     train: joint, all of them at every step; sandwich, the first, the smallest and one drawn; one, each in its turn.
     inner: the share of the whole size's own predictions, as KL, in the loss of the others; next tokens have the rest.
+    groups: of tokens, whose loss sizes that read a prefix of the final state learn by too.
     """
 
     sizes: tuple[Size, ...]
     train: str
     inner: float
+    groups: Imposed | Emergent | None = None
 
 
 @dataclass(frozen=True)

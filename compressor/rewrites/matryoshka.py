@@ -22,6 +22,7 @@ from ..modeling import GPT2CompressedConfig
 from ..modeling.modeling_gpt2_compressed import sliced_model
 from ..modeling.nesting import FULL, HEAD_MAP, Size, full_size, proportional, reflected, size_of, sliced_config
 from .base import BLOCK_SITES, FitContext, Nest, Rewrite, sites_of
+from .hierarchy import Emergent, Imposed, as_record, hierarchy
 from .matryoshka_fit import fit_nested
 from .structure import add_structure, without_structure
 
@@ -32,9 +33,10 @@ class Matryoshka(Rewrite):
     residual stream, with heads and FFNs in proportion; layers; coordinates of the final state that logits are made of.
     importance: which neurons come first. train: the sizes of a step: one, each in its turn, so that a recovery of as
     many times more steps costs what the sizes would alone; joint, all of them; sandwich, the whole, the smallest and
-    one drawn. inner: the share of the whole size's own predictions, against next tokens, in
-    what the smaller learn, where no teacher is. only: cut this size out at once, such as {ffn: 0.5}; the result is that
-    model alone."""
+    one drawn. inner: the share of the whole size's own predictions, against next tokens, in what the smaller learn,
+    where no teacher is. only: cut this size out at once, such as {ffn: 0.5}; the result is that model alone. groups: of
+    tokens, whose loss sizes that read a prefix of the final state learn by too, such as {kind: imposed} (hierarchy.py).
+    """
 
     name = "matryoshka"
 
@@ -46,6 +48,7 @@ class Matryoshka(Rewrite):
     train: Literal["joint", "sandwich", "one"] = "one"
     inner: float = 0.0
     only: dict | None = None
+    groups: dict | None = None
 
     # ------------------------------------------------------------ structure
 
@@ -66,6 +69,15 @@ class Matryoshka(Rewrite):
         if not any(self._absolute(name, base) for name in FULL):
             raise UserError("matryoshka: no smaller size; give ffn, width, depth or head, such as ffn=[0.5]")
         self._only(base)
+        self._groups(base)
+
+    def _groups(self, base: GPT2Config) -> Imposed | Emergent | None:
+        if self.groups is None:
+            return None
+        prefixes = len({*self._absolute("head", base), *(width - 1 for width in self._absolute("width", base))})
+        if not prefixes or self.only is not None:
+            raise UserError("matryoshka: groups are of sizes that are trained together; give head or width, not only")
+        return hierarchy(self.groups, prefixes)
 
     def _absolute(self, name: str, base: GPT2Config) -> list[int]:
         """The smaller sizes of a part, the largest first."""
@@ -111,7 +123,8 @@ class Matryoshka(Rewrite):
         size = self._only(base)
         sizes: dict[str, Any] = {name: self._absolute(name, base) or None for name in FULL}
         only = None if size is None else chosen_by(size, base.n_embd)
-        return dataclasses.replace(self, **sizes, only=only)
+        groups = self._groups(base)
+        return dataclasses.replace(self, **sizes, only=only, groups=None if groups is None else as_record(groups))
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
         return sites_of(range(base.n_layer), BLOCK_SITES) | {"wpe", "lm_head", "streams"}
@@ -152,7 +165,9 @@ class Matryoshka(Rewrite):
     def nest(self, model: GPT2LMHeadModel) -> Nest | None:
         if self.only is not None:
             return None
-        return Nest(tuple(trained_sizes(model.config)), self.train, self.inner)
+        groups = self._groups(model.config)
+        weighted = groups if groups is not None and groups.weight else None
+        return Nest(tuple(trained_sizes(model.config)), self.train, self.inner, weighted)
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel | None:
         if not getattr(model.config, "matryoshka", None):

@@ -21,6 +21,7 @@ from ..recipe import Finetune
 from ..rewrites import Rewrite, from_record
 from ..run_folder import Aligned
 from ..session import ANYWHERE, Columns, Notice, Session
+from ..token_groups import token_strings
 from . import cards
 from .diagnose import diagnostics
 from .inputs import Part, calibration_blocks, open_base, part
@@ -229,6 +230,7 @@ def _train(
             rewrites=job.rewrites,
             train=job.train,
             teacher=None if teacher is None else teacher.model,
+            strings=token_strings(opened.tokenizer, opened.model.config.vocab_size),
             seed=session.seed,
             rank=asked["lora_rank"],
             alpha=asked["lora_alpha"],
