@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_text
-from toy import toy_alignment, toy_blocks, toy_gpt2
+from toy import toy_alignment, toy_blocks, toy_gpt2, toy_tokenizer
 
 from compressor import gpt2, pipeline
 from compressor.modeling.tversky import TverskyProjection
@@ -219,7 +219,7 @@ def test_rewrites_without_diagnoses_ask_for_no_text():
     model = toy_gpt2(n_layer=2)
     rewrites = [found for kind in REWRITES.values() if (found := kind.neutral(model.config)) is not None]
     plain = [item for item in rewrites if type(item).diagnose is Rewrite.diagnose]
-    assert len(plain) >= 4 and diagnostics(plain, model, never, pytest.fail) == {}
+    assert len(plain) >= 4 and diagnostics(plain, model, toy_tokenizer(), never, pytest.fail) == {}
 
 
 def test_reports_of_the_rewrite_and_the_recovery_have_them(tmp_path, tiny_folder, session, notices):

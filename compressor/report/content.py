@@ -9,7 +9,7 @@ from typing import Any
 
 from ..artifacts import Provenance
 from ..benchmark import Report
-from . import assisted, extrapolation, layout, nested, tables, tasks, tversky
+from . import assisted, extrapolation, hierarchy, layout, nested, tables, tasks, tversky
 from .figures import MISSING, Gaps
 from .layout import Table
 from .pictures import Picture, pictures
@@ -38,6 +38,16 @@ class Content:
     made: str  # by which versions, on what
     command: str
     projections: tuple[Table, ...] = ()  # of Tversky, one a model
+    hierarchies: tuple[Table, ...] = ()  # of token embeddings by prefix, one a model
+
+    @property
+    def diagnosed(self) -> list[tuple[str, str, str, tuple[Table, ...]]]:
+        """(key, title, note, tables) of what was diagnosed in the models of runs."""
+        every = (
+            ("projections", tversky.TITLE, tversky.NOTE, self.projections),
+            ("hierarchies", hierarchy.TITLE, hierarchy.NOTE, self.hierarchies),
+        )
+        return [one for one in every if one[3]]
 
 
 def content(report: Report, stories: Sequence[Story] = ()) -> Content:
@@ -72,6 +82,7 @@ def content(report: Report, stories: Sequence[Story] = ()) -> Content:
         made=made_by(report.origin),
         command=report.origin.command,
         projections=tuple(tversky.tables(stories)),
+        hierarchies=tuple(hierarchy.tables(stories)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from ..benchmark import Report
-from . import assisted, extrapolation, nested, tables, tasks, tversky
+from . import assisted, extrapolation, nested, tables, tasks
 from .content import Content, missing
 from .figures import Gaps, ways
 from .layout import Table, code, escaped, fenced, markdown, plain
@@ -20,10 +20,10 @@ def document(told: Content) -> str:
         parts += ["## Workflow", "\n".join(f"{n}. {escaped(step)}" for n, step in enumerate(told.workflow, 1))]
     for table in (told.main, *told.tables):
         parts += _section(table)
-    if told.projections:
-        parts += [f"## {tversky.TITLE}", escaped(tversky.NOTE)]
-    for table in told.projections:
-        parts += _section(table, "###")
+    for _, title, note, own in told.diagnosed:
+        parts += [f"## {title}", escaped(note)]
+        for table in own:
+            parts += _section(table, "###")
     if told.missing:
         parts += _section(told.missing)
     if told.pictures:

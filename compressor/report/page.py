@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from . import tversky
 from .content import Content
 from .layout import Table
 from .pictures import Picture
@@ -77,7 +76,7 @@ def document(told: Content) -> str:
         ("workflow", "Workflow", _workflow(told.workflow)),
         ("models", told.main.title, _table(told.main)),
         ("tables", "Tables", "\n".join(_titled(table) for table in told.tables)),
-        ("projections", tversky.TITLE, _projections(told) if told.projections else ""),
+        *((key, title, _diagnosed(note, own)) for key, title, note, own in told.diagnosed),
         ("missing", "Not measured", _missing(told.missing) if told.missing else ""),
         ("plots", "Plots", "\n".join(map(_figure, told.pictures))),
         ("samples", "Samples", "\n".join(map(_prompt, told.prompts))),
@@ -162,9 +161,9 @@ def _words(text: str) -> str:
     return " ".join(f"<span>{escape(word)}</span>" for word in text.split())
 
 
-def _projections(told: Content) -> str:
-    tables = "\n".join(map(_titled, told.projections))
-    return f'<p class="note">{escape(tversky.NOTE)}</p>\n{tables}'
+def _diagnosed(note: str, tables: Sequence[Table]) -> str:
+    shown = "\n".join(map(_titled, tables))
+    return f'<p class="note">{escape(note)}</p>\n{shown}'
 
 
 def _missing(table: Table) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..benchmark import Report
-from . import assisted_plot, bars, course, drawing, extrapolation_plot, lengths, scatter, tversky
+from . import assisted_plot, bars, course, drawing, extrapolation_plot, hierarchy, lengths, scatter, tversky
 from .figures import Gaps, title
 from .rows import part
 from .story import Story
@@ -24,7 +24,13 @@ _COSTS = {
 }
 _TASKS = {"imdb": "task_imdb.png", "rouge": "task_rouge.png", "generation": "task_generation.png"}
 _OTHER = "task_other.png"
-_RUNS = {"windows": "windows.png", "curves": "recovery.png", "alignment": "alignment.png", "tversky": "tversky.png"}
+_RUNS = {
+    "windows": "windows.png",
+    "curves": "recovery.png",
+    "alignment": "alignment.png",
+    "tversky": "tversky.png",
+    "hierarchy": "hierarchy.png",
+}
 
 _EXTRAPOLATION, _LENGTHS, _ASSISTED = "extrapolation.png", "lengths.png", "assisted.png"
 
@@ -80,6 +86,7 @@ def pictures(report: Report, gaps: Gaps, stories: Sequence[Story]) -> list[Pictu
         (_RUNS["curves"], "Recovery", course.CURVES, partial(course.curves, stories, colours)),
         (_RUNS["alignment"], "Alignment", course.ALIGNMENT, partial(course.alignment, stories)),
         (_RUNS["tversky"], tversky.TITLE, tversky.CAPTION, partial(tversky.plot, stories)),
+        (_RUNS["hierarchy"], hierarchy.TITLE, hierarchy.CAPTION, partial(hierarchy.plot, stories)),
     ]
     with drawing.look():
         drawn = [(file, head, text, draw()) for file, head, text, draw in offered]

@@ -95,6 +95,50 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
+class Met:
+    """How clusters meet groups of tokens that look alike (embedding_clusters.Agreement)."""
+
+    tokens: int
+    purity: float
+    chance: float
+    nmi: float
+    ami: float
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first coordinates of token embeddings, as rewrites/hierarchy_diagnosis.py describes them."""
+
+    coordinates: int
+    mean_cosine: float
+    clusters: int
+    largest: int
+    clustered: int
+    agreement: dict[str, Met | None]  # by scheme
+
+
+@dataclass(frozen=True)
+class CosineMap:
+    """Cosines of some tokens, a square for each prefix; sets: [name, how many] in their order."""
+
+    tokens: list
+    sets: list
+    cosines: list
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """The prefixes of one model's token embeddings, the longest first."""
+
+    name: str  # rewritten | recovered
+    vocabulary: int
+    minimum_similarity: float
+    minimum_group_size: int
+    prefixes: tuple[Prefix, ...]
+    map: CosineMap
+
+
+@dataclass(frozen=True)
 class Story:
     """One run folder. `run` is the prefix of its rows; "" where they have none."""
 
@@ -104,3 +148,4 @@ class Story:
     curves: tuple[Curve, ...] = ()
     alignment: Alignment | None = None
     diagnoses: tuple[Diagnosis, ...] = ()  # of its models that have Tversky projections
+    hierarchies: tuple[Hierarchy, ...] = ()  # of its models whose sizes read prefixes of the embeddings

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from .. import gpt2
 from ..errors import UserError
 from ..modeling.alibi import geometric_slopes
+from ..token_groups import Strings
 from .alibi_fit import fitted_slopes
 from .base import FitContext, Rewrite
 from .structure import add_structure, without_structure
@@ -100,7 +101,7 @@ class Alibi(Rewrite):
             raise UserError("alibi's biases fall with distance, which plain GPT-2 cannot express")
         return without_structure(model, "alibi", lambda entry: True, {})
 
-    def diagnose(self, model: GPT2LMHeadModel, batches: Any) -> dict[str, Any]:
+    def diagnose(self, model: GPT2LMHeadModel, batches: Any, strings: Strings = ()) -> dict[str, Any]:
         slopes = [gpt2.attention(model, layer).alibi.slopes(1.0).tolist() for layer in range(model.config.n_layer)]
         return {"slopes": [[float(f"{slope:.6g}") for slope in own] for own in slopes]}
 

@@ -19,6 +19,7 @@ from ..correlation import SecondMoments
 from ..data import TokenBlocks
 from ..errors import UserError
 from ..modeling.nesting import Size
+from ..token_groups import Strings
 from ..windows import Window, anchor_layer, check_length, middle_start, tiles, window
 from .hierarchy import Emergent, Imposed
 
@@ -197,9 +198,12 @@ class Rewrite(ABC):
         none of its own. Raises UserError, which says why, where it is not linear."""
         return None
 
-    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch]) -> dict[str, Any] | None:
+    def diagnose(
+        self, model: GPT2LMHeadModel, batches: Iterable[Batch], strings: Strings = ()
+    ) -> dict[str, Any] | None:
         """What a reader of its report should know of a model made by this rewrite, found on calibration text (ids and
-        mask as `capture` takes them); values of JSON. None where there is nothing; then no batch is asked for."""
+        mask as `capture` takes them); values of JSON. strings: what the tokens of the vocabulary stand for. None where
+        there is nothing; then no batch is asked for."""
         return None
 
     @classmethod

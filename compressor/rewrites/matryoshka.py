@@ -9,6 +9,7 @@ arXiv 2402.14776 (depth); evintunador/matryoshkaGPT (width); how a pretrained GP
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2, models
+from ..capture import Batch
 from ..errors import UserError
 from ..modeling import GPT2CompressedConfig
 from ..modeling.modeling_gpt2_compressed import sliced_model
 from ..modeling.nesting import FULL, HEAD_MAP, Size, full_size, proportional, reflected, size_of, sliced_config
+from ..token_groups import Strings
 from .base import BLOCK_SITES, FitContext, Nest, Rewrite, sites_of
 from .hierarchy import Emergent, Imposed, as_record, hierarchy
+from .hierarchy_diagnosis import diagnose
 from .matryoshka_fit import fit_nested
 from .structure import add_structure, without_structure
 
@@ -173,6 +177,16 @@ class Matryoshka(Rewrite):
         if not getattr(model.config, "matryoshka", None):
             return None
         return plain(model)
+
+    def diagnose(
+        self, model: GPT2LMHeadModel, batches: Iterable[Batch], strings: Strings = ()
+    ) -> dict[str, Any] | None:
+        """The hierarchy of token embeddings by prefix, where sizes read one (rewrites/hierarchy_diagnosis.py)."""
+        if self.only is not None:
+            return None
+        groups = self._groups(model.config)
+        settings = groups if isinstance(groups, Emergent) else Emergent()
+        return diagnose(model, trained_sizes(model.config), strings, settings)
 
     @classmethod
     def neutral(cls, base: GPT2Config) -> Matryoshka:

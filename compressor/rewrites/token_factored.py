@@ -22,6 +22,7 @@ from .. import gpt2, models
 from ..capture import Batch
 from ..errors import UserError
 from ..modeling.streams import STAGES, HeadMixing
+from ..token_groups import Strings
 from .base import FitContext, Rewrite, check_layers, layers_of, sites_of
 from .stream_diagnosis import diagnose
 from .structure import add_structure, without_structure
@@ -111,7 +112,7 @@ class TokenFactored(Rewrite):
             raise UserError(f"values of token_factored ({self.stage}) read a stream of their own, plain GPT-2's do not")
         return without_structure(model, "token_factored", lambda entry: True, {})
 
-    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch]) -> dict[str, Any]:
+    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch], strings: Strings = ()) -> dict[str, Any]:
         return diagnose(model, batches)
 
     @classmethod

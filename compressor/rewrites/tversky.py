@@ -22,6 +22,7 @@ from ..capture import Batch
 from ..errors import UserError
 from ..modeling.tversky import FORM, SCALARS
 from ..modeling.tversky_layers import TARGETS, TverskyPlace, tversky_places
+from ..token_groups import Strings
 from ..windows import check_length, tiles, window
 from .base import FitContext, Rewrite, check_layers, layers_of
 from .structure import add_structure, without_structure
@@ -254,7 +255,7 @@ class Tversky(Rewrite):
         tensors = dense_tensors(model, self.places(model))
         return without_structure(model, "tversky", lambda entry: entry["feature_key"] == self.feature_key, tensors)
 
-    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch]) -> dict[str, Any]:
+    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch], strings: Strings = ()) -> dict[str, Any]:
         """Dead features and prototypes, asymmetry, theta, alpha, beta (rewrites/tversky_diagnosis.py)."""
         return {"feature_key": self.feature_key, **diagnose(model, self.places(model), batches)}
 

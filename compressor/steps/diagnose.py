@@ -6,19 +6,24 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ..capture import Batch
 from ..data import TokenBlocks
 from ..errors import UserError
 from ..rewrites import Rewrite
 from ..session import Notice
+from ..token_groups import token_strings
 
 TOKENS = 4096  # of the calibration text, blocks evenly over all of it
 
 
 def diagnostics(
-    rewrites: Sequence[Rewrite], model: GPT2LMHeadModel, calibration: Callable[[], TokenBlocks], notice: Notice
+    rewrites: Sequence[Rewrite],
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Callable[[], TokenBlocks],
+    notice: Notice,
 ) -> dict[str, Any]:
     """{"diagnostics": one entry for each rewrite that has any}, empty where none has.
 
@@ -30,8 +35,9 @@ def diagnostics(
         every = max(1, blocks.tokens // TOKENS)
         yield from dataclasses.replace(blocks, ids=blocks.ids[::every], mask=blocks.mask[::every]).batches()
 
+    strings = token_strings(tokenizer, model.config.vocab_size)
     try:
-        found = [(rewrite.name, rewrite.diagnose(model, batches())) for rewrite in rewrites]
+        found = [(rewrite.name, rewrite.diagnose(model, batches(), strings)) for rewrite in rewrites]
     except UserError as error:
         notice(f"warning: no diagnostics: {error}")
         return {}

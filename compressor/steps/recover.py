@@ -293,7 +293,9 @@ def _save(
             },
             "recovery": dataclasses.asdict(result),
         }
-        body |= diagnostics(job.rewrites, opened.model, lambda: calibration_blocks(opened, aligned), notice)
+        body |= diagnostics(
+            job.rewrites, opened.model, opened.tokenizer, lambda: calibration_blocks(opened, aligned), notice
+        )
         artifacts.write_json(folder / verify.REPORT, verify.RECOVERY, body, origin)
         cards.leave(folder, opened.model.config, target, notice)
     return body

@@ -106,7 +106,7 @@ def write_model(
             "weights": artifacts.hash_files(models.weight_files(str(target), folder)),
             "probe": models.probe(model.float()),  # of the saved numbers: `model` has become the files' dtype
         }
-        body |= diagnostics(chosen, model, lambda: calibration, session.notice)
+        body |= diagnostics(chosen, model, base.tokenizer, lambda: calibration, session.notice)
         texts = {"calibration": {**aligned.calibration, "tokens": calibration.tokens}}
         artifacts.write_json(folder / verify.REPORT, kind, body, session.origin(base, texts))
         cards.leave(folder, model.config, target, session.notice)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import models, run_folder, verify
 from ..errors import UserError
-from ..report.story import Alignment, Curve, Diagnosis, Pair, Story
+from ..report.hierarchy import hierarchy
+from ..report.story import Alignment, Curve, Pair, Story
 from ..report.tversky import diagnosis
 from ..session import Notice
 from .search import told
@@ -36,7 +38,8 @@ def _story(run: Path, prefix: str, notice: Notice) -> Story:
         search=read(told, None),
         curves=read(_curves, ()),
         alignment=read(_alignment, None),
-        diagnoses=read(_diagnoses, ()),
+        diagnoses=read(partial(_told, diagnosis), ()),
+        hierarchies=read(partial(_told, hierarchy), ()),
     )
 
 
@@ -70,10 +73,11 @@ def _curve(step: str, made: dict[str, Any], folder: Path) -> Curve:
         ) from error
 
 
-def _diagnoses(run: Path) -> tuple[Diagnosis, ...]:
+def _told(read: Callable[[dict[str, Any], str, str], T | None], run: Path) -> tuple[T, ...]:
+    """Of a run's models, what their diagnostics tell."""
     there = run_folder.steps(run)
     found = (
-        diagnosis(run_folder.made(models.find(str(there[step]))) or {}, step, str(there[step] / verify.REPORT))
+        read(run_folder.made(models.find(str(there[step]))) or {}, step, str(there[step] / verify.REPORT))
         for step in ("rewritten", "recovered")
         if step in there
     )
