@@ -80,8 +80,8 @@ def main() -> None:
     about = [vars(options)[name] for name in ("head", "steps", "batch_tokens", "learning_rate", "test_tokens", "seed")]
 
     def nested(groups: dict[str, Any] | None) -> tuple[Any, Any]:
-        given = {"rewrite": "matryoshka", "ffn": None, "head": options.head, "groups": groups}
-        rewrite = from_record(given).resolved(config)
+        nest = {"rewrite": "matryoshka", "ffn": None, "head": options.head, "train": "joint", "inner": 0.5}
+        rewrite = from_record({**nest, "groups": groups}).resolved(config)
         original = models.open_model(options.model).model
         return apply([rewrite], original, alignment.identity(config), calibration=calibration), rewrite
 

@@ -29,8 +29,8 @@ from .training_schedule import mixed_seed
 class NestedObjective(TokenObjective):
     """The mean of the loss over the sizes that a step takes. With a teacher all of them learn as `TokenObjective` has
     it; without, the whole size learns next tokens, the others (1 - inner) NLL + inner KL(whole || size), of the whole
-    size's predictions in the same pass. Where the nest has groups of tokens and a size reads a prefix of the final
-    state, the loss of groups is added with its weight.
+    size's predictions in the same pass. Where the nest has groups of tokens, sizes that read a prefix of the final
+    state learn the loss of groups, with its weight, too.
 
     strings: what the tokens of the vocabulary stand for, for imposed groups."""
 
@@ -64,7 +64,7 @@ class NestedObjective(TokenObjective):
         return min(most, len(self.nest.sizes))
 
     def begin_step(self, step: int) -> None:
-        """Which sizes this step takes, drawn from the seed and the step alone, and groups of tokens."""
+        """Which sizes this step takes: drawn from the seed and the step alone. Groups of tokens."""
         if self.groups is not None:
             self.groups.begin_step(step, gpt2.embeddings(self.model))
         sizes = self.nest.sizes

@@ -27,7 +27,8 @@ EMERGENT = {"kind": "emergent", "weight": 0.5, "minimum_similarity": 0.3, "minim
 
 
 def made(groups, **more):
-    return nested({"ffn": None, "head": [16, 8], "groups": groups, **more})
+    joint = {"train": "joint", "inner": 0.5}
+    return nested({"ffn": None, "head": [16, 8], "groups": groups, **joint, **more})
 
 
 # ---------------------------------------------------------------- the loss

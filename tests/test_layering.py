@@ -22,8 +22,8 @@ STOREYS = [
     {"session", "facts", "run_folder", "recipe", "suite"},  # what the steps share
     {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
-     "training_rows", "training_schedule", "training_state", "nested_training", "group_loss", "slicing",
-     "slice_choice", "embedding_clusters", "classification",
+     "training_rows", "training_schedule", "training_state", "nested_training", "group_loss",
+     "embedding_clusters", "slicing", "slice_choice", "classification",
      "tversky_gpt", "token_factored_gpt"},  # stages
     {"models", "checkpoint", "checkpoint_attention", "checkpoint_config", "checkpoint_nesting", "gpt2",
      "artifacts", "data", "examples", "sources", "tokens", "token_groups", "fields", "windows", "errors", "processes",

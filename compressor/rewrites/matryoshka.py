@@ -39,8 +39,8 @@ class Matryoshka(Rewrite):
     many times more steps costs what the sizes would alone; joint, all of them; sandwich, the whole, the smallest and
     one drawn. inner: the share of the whole size's own predictions, against next tokens, in what the smaller learn,
     where no teacher is. only: cut this size out at once, such as {ffn: 0.5}; the result is that model alone. groups: of
-    tokens, whose loss sizes that read a prefix of the final state learn by too, such as {kind: imposed} (hierarchy.py).
-    """
+    tokens, whose loss sizes that read a prefix of the final state learn by too, such as {kind: imposed}
+    (hierarchy.py)."""
 
     name = "matryoshka"
 
