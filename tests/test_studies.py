@@ -173,3 +173,15 @@ def test_command_line(run):
     assert answer.code == 2 and "unknown study 'code_n_al' (did you mean 'code_n_all'?)" in answer.err
     answer = run("study", "code_n_all", "rank=8")
     assert answer.code == 2 and "rank is a field of a rewrite, and these are given already" in answer.err
+
+
+def test_slices_of_members_are_rows(tmp_path):
+    given = {"model": "demo", "rewrites": [{"rewrite": "matryoshka"}]}
+    recipes = {name: recipe.from_plain(given) for name in ("a", "b")}
+    for place in ("a/slices/after/ffn-256", "a/slices/after/ffn-64", "a/slices/before/ffn-256"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}")
+    assert list(rows(tmp_path, recipes)) == [
+        "original", "control", "a: rewritten", "a: recovered", "a: slice ffn-256 (rewritten)", "a: slice ffn-256",
+        "a: slice ffn-64", "b: rewritten", "b: recovered",
+    ]  # fmt: skip
