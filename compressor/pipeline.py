@@ -18,7 +18,7 @@ from .benchmark import Report
 from .errors import UserError
 from .facts import inspect, placed_somewhere, plan
 from .finetune import resolve_train
-from .recipe import Recipe, parse_yaml
+from .recipe import Recipe, from_plain, parse_yaml
 from .rewrites import Rewrite
 from .rewrites.compose import check, structure
 from .search import allowed_windows
@@ -169,7 +169,7 @@ def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
     if session.force:
         _clear(folder)
     elif stored.is_file():
-        earlier = parse_yaml(stored.read_text(encoding="utf-8"), str(stored))
+        earlier = _with_defaults(parse_yaml(stored.read_text(encoding="utf-8"), str(stored)))
         now = parse_yaml(recipe.dump(), "the recipe")
         if earlier != now:
             differ = [key for key in now if not isinstance(earlier, dict) or earlier.get(key) != now[key]]
@@ -181,6 +181,14 @@ def _claim(folder: Path, recipe: Recipe, session: Session) -> None:
         raise UserError(f"{folder} exists already and is no run of a recipe; give another --run, or --force")
     if not stored.is_file():
         artifacts.write_bytes(stored, recipe.dump().encode())
+
+
+def _with_defaults(stored: Any) -> Any:
+    """A stored recipe with what recipes have gained since; as it is where it is none."""
+    try:
+        return parse_yaml(from_plain(stored).dump(), "the stored recipe") if isinstance(stored, dict) else stored
+    except UserError:
+        return stored
 
 
 def _clear(folder: Path) -> None:

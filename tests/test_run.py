@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import os
 import signal
 import subprocess
@@ -86,6 +87,11 @@ def test_a_finished_run_is_kept_to_the_byte_and_another_recipe_is_refused(tmp_pa
     with pytest.raises(UserError, match=r"another recipe \(finetune differ\); give another --run, or --force"):
         pipeline.run(run, load("soft_shared", [*few, "finetune.steps=3"]), session)
     assert tree(run) == before
+    stored = run / "recipe.yaml"
+    older = re.sub(r"^slices: null\n", "", stored.read_text(), flags=re.M)  # begun before recipes had this key
+    assert older != stored.read_text()
+    stored.write_text(older)
+    assert pipeline.run(run, load("soft_shared", few), session) == first
     forced = Session(device="cpu", quiet=True, force=True)
     (run / "my notes.txt").write_text("mine")
     pipeline.run(run, load("soft_shared", [*few, "finetune.steps=3"]), forced)
