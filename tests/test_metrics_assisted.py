@@ -21,7 +21,7 @@ from compressor.metrics.assisted import measure, passes, same_text
 from compressor.metrics.decoding import Draft, continuations
 from compressor.modeling import GPT2CompressedLMHeadModel
 
-NEW, PROMPT = 18, 10
+NEW, PROMPT = 12, 10
 EVERYTHING = {"ffn": [0.5, 0.25], "width": [16], "depth": [2], "head": [16]}
 TEXT = text_of("".join(chr(97 + i * i % 23) for i in range(300)))
 QUICK = {"prompts": 2, "prompt_tokens": PROMPT, "new_tokens": NEW, "repeats": 2}
@@ -76,29 +76,35 @@ def drafted_by_hand(model, draft, prompt: list[int], ahead: int, heuristic: bool
     return text, count, drafted, accepted
 
 
-@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
-def test_what_is_accepted_is_what_a_loop_without_a_cache_accepts(everything, schedule):
+def test_what_is_accepted_is_what_a_loop_without_a_cache_accepts(everything):
     chosen = {"ffn": 64}, {"ffn": 32}, {"width": 16}, {"depth": 2}, {"head": 16}
     slices = [everything.slice(**choice) for choice in chosen]
     kinds = {type(one) for one in slices}
     assert GPT2CompressedLMHeadModel in kinds and len(kinds) == 2, "a plain draft and ones that are not"
-    found = figures(measure(subject(everything, toy_tokenizer()), TEXT, schedule=schedule, draft_tokens=4, **QUICK))
+    found = figures(measure(subject(everything, toy_tokenizer()), TEXT, draft_tokens=4, **QUICK))
     assert list(found) == ["ffn-64", "ffn-32", "width-16", "depth-2", "head-16"]
     for draft, own in zip(slices, found.values(), strict=True):
-        byhand = [drafted_by_hand(everything, draft, prompt, 4, schedule == "heuristic") for prompt in pieces()]
+        byhand = [drafted_by_hand(everything, draft, prompt, 4) for prompt in pieces()]
         _, count, drafted, accepted = (sum(part) if i else part for i, part in enumerate(zip(*byhand, strict=True)))
         assert own["acceptance"].value == accepted / drafted and own["acceptance"].count == drafted
         assert own["tokens_per_pass"].value == 2 * NEW / count and own["tokens_per_pass"].count == count
         assert own["same_text"].value == 1 and own["same_text"].settings["gap"] == 0
         assert 0 < accepted < drafted
-        written = continuations(
-            everything, pieces(), NEW, forbidden=[0], batch=1, draft=Draft(draft, 4, schedule), as_built=True
-        )
-        assert written == [text for text, *_ in byhand]
 
 
-def test_a_draft_that_is_the_model_has_all_accepted(everything):
-    model = copy.deepcopy(everything)
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+def test_text_and_passes_are_those_of_a_loop_and_every_text_begins_alike(everything, schedule):
+    draft = everything.slice(ffn=32)
+    byhand = [drafted_by_hand(everything, draft, prompt, 4, schedule == "heuristic") for prompt in pieces()]
+    with passes(everything) as widths:
+        written = continuations(everything, pieces(), NEW, forbidden=[0], batch=1, draft=Draft(draft, 4, schedule))
+    assert written == [text for text, *_ in byhand]
+    assert len(widths) == sum(count for _, count, *_ in byhand)
+    assert sum(widths) - 2 * (PROMPT - 1) - len(widths) == sum(drafted for *_, drafted, _ in byhand)
+
+
+def test_a_draft_that_is_the_model_has_all_accepted():
+    model = nested({"ffn": [64]}, n_layer=4)[2]
     with torch.no_grad():
         for layer in model.transformer.h:
             layer.mlp.c_proj.weight[64:] = 0
@@ -173,10 +179,11 @@ def test_texts_that_differ_are_counted_with_how_near_the_tokens_are(everything):
     assert found.settings["gap"] == pytest.approx(float(logits[plain[1][7]] - logits[other[1][7]]), rel=1e-4)
 
 
-def test_a_saved_model_measures_the_same_and_comes_back_as_it_was(everything, tmp_path):
-    own = subject(everything, toy_tokenizer())
-    before = everything.generation_config
-    models.save(everything, tmp_path / "saved", toy_tokenizer(), torch.float32)
+def test_a_saved_model_measures_the_same_and_comes_back_as_it_was(tmp_path):
+    rotated = nested({"head": [16], "ffn": None}, n_layer=2)[2]
+    own = subject(rotated, toy_tokenizer())
+    before = rotated.generation_config
+    models.save(rotated, tmp_path / "saved", toy_tokenizer(), torch.float32)
     opened = models.open_model(str(tmp_path / "saved"))
     counted = [
         {
@@ -186,7 +193,7 @@ def test_a_saved_model_measures_the_same_and_comes_back_as_it_was(everything, tm
         for it in (own, opened)
     ]
     assert counted[0] == counted[1]
-    assert everything.generation_config is before and not everything._forward_pre_hooks
+    assert rotated.generation_config is before and not rotated._forward_pre_hooks
 
 
 def test_settings_travel_with_every_figure(shallow):
