@@ -558,3 +558,14 @@ def test_a_training_on_short_rows_says_what_it_leaves_untrained(cut_run, session
     notices.clear()
     pipeline.finetune(cut_run, changed(steps=1, context=None), forced(session))
     assert not [note for note in notices if "positions" in note]
+
+
+def test_a_recovery_of_another_way_to_train_is_not_kept(made_run, session):
+    """How a nested model learns leaves its weights before the training as they are."""
+    nested = {"rewrite": "matryoshka", "ffn": [0.5]}
+    pipeline.rewrite(made_run, [from_record(nested)], dataclasses.replace(session, force=True))
+    pipeline.finetune(made_run, SETTINGS, session)
+    assert pipeline.finetune(made_run, SETTINGS, session, resume=True)
+    pipeline.rewrite(made_run, [from_record({**nested, "inner": 0.25})], dataclasses.replace(session, force=True))
+    with pytest.raises(UserError, match=r"was made with rewrites .*'inner': 0.0.* now it is .*'inner': 0.25"):
+        pipeline.finetune(made_run, SETTINGS, session, resume=True)

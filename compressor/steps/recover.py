@@ -118,7 +118,10 @@ def carry_out(
     given = {job.name: made_from(job, asked, parts, session.seed) for job in jobs}
     # A stored state is gone on from even where a result lies beside it, which may be an older one.
     resumed = [job.name for job in jobs if resume and not (place / CHECKPOINTS / job.name / "state").exists()]
-    done = {job.name: finished(place / job.name, given[job.name]) if job.name in resumed else None for job in jobs}
+    done = {
+        job.name: finished(place / job.name, given[job.name], job.rewrites) if job.name in resumed else None
+        for job in jobs
+    }
     bodies = {}
     for job in jobs:
         body = done[job.name]
@@ -178,7 +181,7 @@ def made_from(job: Job, asked: Mapping[str, Any], parts: Mapping[str, Part], see
     }
 
 
-def finished(folder: Path, given: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished(folder: Path, given: Mapping[str, Any], rewrites: Sequence[Rewrite]) -> dict[str, Any] | None:
     """The body of the report of a recovery that was made from what is given; None where there is none.
 
     Raises UserError for one that was made otherwise.
@@ -192,6 +195,9 @@ def finished(folder: Path, given: Mapping[str, Any]) -> dict[str, Any] | None:
         if body["made_from"].get(key) != value:
             then = body["made_from"].get(key)
             raise UserError(f"{folder} was made with {key}={then}, now it is {value}; --force makes it anew")
+    if list(map(from_record, body["rewrites"])) != list(rewrites):  # which may change how it trains, not what it is
+        now = [item.record() for item in rewrites]
+        raise UserError(f"{folder} was made with rewrites {body['rewrites']}, now it is {now}; --force makes it anew")
     return {key: value for key, value in body.items() if key not in ("kind", "schema", "provenance")}
 
 
