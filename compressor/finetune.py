@@ -18,9 +18,11 @@ from transformers import GPT2LMHeadModel
 from . import gpt2, lora
 from .data import TokenBlocks
 from .errors import UserError, unknown
+from .fractal_training import DividedObjective, stream_rows
 from .nested_training import NestedObjective
 from .processes import LAUNCH, accelerator, processes
 from .rewrites import Rewrite
+from .rewrites.base import Divided
 from .token_groups import Strings
 from .training_loop import Evaluation, Loop, Step
 from .training_loss import TokenObjective
@@ -168,14 +170,19 @@ def finetune(
     with _trainable(model, mode, rewrites, settings, zeros) as parameters:
         given = model, teacher, settings["mix"], rewrites if penalty else (), low
         objective = TokenObjective(*given)
-        if nests:
-            objective = NestedObjective(*given, nest=nests[0], seed=seed, strings=strings)
-            at_once = objective.at_once
+        rows, judged = TokenRows(blocks), None if evaluation is None else TokenRows(evaluation)
+        for nest in nests:
+            if isinstance(nest, Divided):
+                objective, at_once = DividedObjective(*given, divided=nest), 1 + nest.parts[-1].level
+                rows, judged = stream_rows(model, nest, blocks, evaluation, seed=seed)
+            else:
+                objective = NestedObjective(*given, nest=nest, seed=seed, strings=strings)
+                at_once = objective.at_once
         loop = Loop(
             objective=objective,
             parameters=parameters,
-            training=TokenRows(blocks),
-            selection=None if evaluation is None else TokenRows(evaluation),
+            training=rows,
+            selection=judged,
             rewrites=rewrites,
             settings=settings,
             processes=shared,

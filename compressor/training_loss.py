@@ -7,11 +7,12 @@ for the backward pass and none are computed twice. (The idea is Liger Kernel's f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import GPT2LMHeadModel
 
 from . import gpt2
@@ -145,6 +146,11 @@ class TokenObjective(Objective):
         """As of Objective. ids: int64[rows, context]; mask: bool[rows, context], None when there is no pad. The last
         position predicts nothing, yet it is computed: an even width is faster than one token less.
         """
+        loss, sums, _ = self._whole_losses(ids, mask)
+        return loss, sums, self._penalty() if with_penalty else None
+
+    def _whole_losses(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Objective and [NLL, KL] of the model, and its `_states`."""
         hidden, head = self._states(self.model, ids, mask)
         targets = ids[:, 1:]
         teacher_hidden = teacher_head = None
@@ -156,7 +162,7 @@ class TokenObjective(Objective):
             hidden[wanted], head, targets.reshape(-1)[wanted], mix=self.mix, dtype=self.low,
             teacher_hidden=None if teacher_hidden is None else teacher_hidden[wanted], teacher_weight=teacher_head,
         )  # fmt: skip
-        return loss, sums, self._penalty() if with_penalty else None
+        return loss, sums, (hidden, head)
 
     def _states(self, model: GPT2LMHeadModel, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The trunk's final states of all positions but the last, float[rows * (context - 1), d], and the head
@@ -165,6 +171,21 @@ class TokenObjective(Objective):
         with torch.autocast(ids.device.type, dtype=self.low, enabled=self.low is not None):
             hidden = gpt2.trunk(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
             return gpt2.head_product(model, hidden[:, :-1].flatten(0, 1))
+
+    def _cut_states(
+        self, cut: GPT2LMHeadModel, tensors: Mapping[str, Tensor], ids: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The final states, as `_states` has them, of a model that is cut out of this one and runs on its tensors, by
+        their keys in the trunk."""
+        cut.set_attn_implementation(self.model.config._attn_implementation)
+        cut.train(self.model.training)
+        inputs = {"input_ids": ids, "attention_mask": None if mask is None else mask.long(), "use_cache": False}
+        with (
+            torch.autocast(ids.device.type, dtype=self.low, enabled=self.low is not None),
+            gpt2.fused_activations(cut),
+        ):
+            found = functional_call(gpt2.trunk(cut), dict(tensors), (), inputs)
+        return found.last_hidden_state[:, :-1].flatten(0, 1)
 
     def _penalty(self) -> Tensor | None:
         with torch.autocast(gpt2.device(self.model).type, enabled=False):

@@ -48,7 +48,7 @@ class TokenRows:
         size = max(1, tokens // self.blocks.ids.shape[1])
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
-    def tensors(self, rows: Sequence[int], *, counted: bool = True) -> tuple[Tensor, Tensor | None]:
+    def tensors(self, rows: Sequence[int], *, counted: bool = True) -> tuple[Tensor | None, ...]:
         """ids int64[rows, context]; mask bool[rows, context], None where there is no pad."""
         ids, mask = self.blocks.ids[list(rows)], self.blocks.mask[list(rows)]
         if not counted:

@@ -22,7 +22,7 @@ STOREYS = [
     {"session", "facts", "run_folder", "recipe", "suite"},  # what the steps share
     {"verify", "benchmark", "report", "metrics", "plans", "search", "rewrites", "alignment", "assignment",
      "capture", "correlation", "finetune", "lora", "training_loop", "training_loss", "training_mode",
-     "training_rows", "training_schedule", "training_state", "nested_training", "group_loss",
+     "training_rows", "training_schedule", "training_state", "nested_training", "group_loss", "fractal_training",
      "embedding_clusters", "slicing", "slice_choice", "classification",
      "tversky_gpt", "token_factored_gpt"},  # stages
     {"models", "checkpoint", "checkpoint_attention", "checkpoint_config", "checkpoint_nesting", "gpt2",
@@ -171,6 +171,7 @@ SPELLED = {
     "checkpoint": {"attn"},  # buffers of old checkpoints that are not this package's
     "capture": {"c_fc", "c_proj", "c_attn"},  # where the hooks sit
     "rewrites.alibi": {"wpe", "lm_head"},  # sites are GPT-2's own paths
+    "rewrites.fractal": {"wpe", "lm_head"},  # sites are GPT-2's own paths
     "rewrites.matryoshka": {"wpe", "lm_head"},  # sites are GPT-2's own paths
     "rewrites.base": {"h", "ln_1", "ln_2", "mlp", "attn"},  # sites are GPT-2's own paths
     "rewrites.combine": {"wpe", "lm_head"},  # sites are GPT-2's own paths

@@ -10,6 +10,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
 from .attention import CompressedAttention, stage_maps
 from .combined import put_parts
+from .fractal import FewerHeads, few_heads
 from .shaped import BranchGains
 from .shared_ffn import LayerFFN
 from .streams import residual
@@ -53,6 +54,8 @@ class GPT2CompressedBlock(GPT2Block):
         elif self.values_apart:
             self.ln_v = nn.Identity()
         self.gains = BranchGains() if shaped and shaped["parallel"] else None
+        if few_heads(config):
+            self.attn = FewerHeads(config, layer_idx)
         if config.combined:
             put_parts(self, config)
 

@@ -36,6 +36,9 @@ class GPT2CompressedConfig(GPT2Config):
     combined: {"widths": [768, 384], "ffn": [3072, 1536], "outputs": "apart" | "glued" | "dense"}
         (modeling/combined.py): the widths of two models side by side and of their FFNs, and what the linears that
         write to their residual stream are. A map of both final states stands before the head then.
+    fractal: {"split": 2, "levels": 2, "heads": 12} (modeling/fractal.py): `split` times as many models side by side on
+        each level as on the one before, within the model; heads: how many there are, which of a part that was cut out
+        (levels 0) are fewer than n_head, as wide as n_head of them are.
     compression: the rewrites that made the model, as records of their fields.
     """
 
@@ -49,4 +52,5 @@ class GPT2CompressedConfig(GPT2Config):
     shaped_attention: dict | None = None
     matryoshka: dict | None = None
     combined: dict | None = None
+    fractal: dict | None = None
     compression: list | None = None

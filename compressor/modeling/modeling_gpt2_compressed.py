@@ -6,8 +6,9 @@ State dict: `transformer.h.{i}.{ln_1,attn,ln_2}` as in GPT-2; a layer outside ev
 projections once; a projection (`attn.c_attn.{q,k,v}`, `attn.c_proj`, `mlp.{c_fc,c_proj}`, `mlp.block`,
 `lm_head.projection`) holds its prototypes and scalars. With ALiBi a layer holds `attn.alibi.log_slopes`, and `wpe` is
 `wpe.first`. In two streams a layer may hold `ln_v`, `attn.{c_qk,c_v}` and `attn.out_map`. A nested model holds in
-`transformer.nesting` what belongs to its smaller sizes alone, and `head_map` before the head where it is rotated. Of
-models side by side linears of the blocks hold `parts.{i}` and `glue.weight`, and `head_map` stands before the head.
+`transformer.nesting` what belongs to its smaller sizes alone, and `head_map` before the head where it is rotated; one
+of parts in `transformer.parts` what belongs to each alone. Of two models combined linears of the blocks hold
+`parts.{i}` and `glue.weight`, and `head_map` stands before the head.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .alibi import AlibiPositions, AlibiSlopes
 from .block import GPT2CompressedBlock
 from .combined import Glue, PartsNorm
 from .configuration_gpt2_compressed import GPT2CompressedConfig
+from .fractal import Part, PartLayer, own_vectors, part_config, part_of, parted
 from .linformer import LinformerFar
 from .nesting import Nesting, RotatedEmbedding, Size, size_of, sliced, sliced_config
 from .performer import PerformerFar
@@ -39,7 +41,7 @@ from .tversky_layers import TverskyHead, feature_banks, tversky_places
 
 _DRAWS_ITSELF = (
     FeatureBank, Scalars, TverskyProjection, LinformerFar, PerformerFar, AlibiPositions, AlibiSlopes, HeadMixing,
-    AttentionShape, BranchGains, Nesting, Glue,
+    AttentionShape, BranchGains, Nesting, Glue, PartLayer,
 )  # fmt: skip
 
 
@@ -98,6 +100,8 @@ class GPT2CompressedModel(GPT2CompressedPreTrainedModel, GPT2Model):
             self.nesting = Nesting(config)
             if config.matryoshka["rotated"]:
                 self.wte = RotatedEmbedding(config.vocab_size, d)
+        if config.fractal and config.fractal["levels"]:
+            self.parts = own_vectors(config)
         if config.combined:
             self.ln_f = PartsNorm(config.combined["widths"], config.layer_norm_epsilon)
         self.post_init()
@@ -190,6 +194,13 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
         found.generation_config = self.generation_config
         return found
 
+    def part(self, level: int, place: int) -> GPT2LMHeadModel:
+        """One of the models side by side in this one, 0 <= place < split^level, as a model of its own. It shares this
+        one's embeddings, norms and c_fc. Raises ValueError for a part that is not there."""
+        found = parted_model(dict(self.named_parameters()), self.config, part_of(self.config, level, place))
+        found.generation_config = self.generation_config
+        return found
+
     @can_return_tuple
     def forward(
         self,
@@ -245,11 +256,28 @@ def empty_slice(config: GPT2CompressedConfig, size: Size) -> GPT2LMHeadModel:
         return kind(own)
 
 
+@torch.no_grad()
 def sliced_model(tensors: Mapping[str, Tensor], config: GPT2CompressedConfig, size: Size) -> GPT2LMHeadModel:
     """The model of a size, in evaluation mode. tensors: of the whole model by their keys."""
-    model = empty_slice(config, size)
-    with torch.no_grad():
-        model.load_state_dict(sliced(tensors, config, size), strict=False, assign=True)
+    return _filled(empty_slice(config, size), sliced(tensors, config, size))
+
+
+def empty_part(config: GPT2CompressedConfig, part: Part) -> GPT2LMHeadModel:
+    """The model of a part without its tensors."""
+    own = part_config(config, part)
+    own._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        return GPT2CompressedLMHeadModel(own)
+
+
+@torch.no_grad()
+def parted_model(tensors: Mapping[str, Tensor], config: GPT2CompressedConfig, part: Part) -> GPT2LMHeadModel:
+    """The model of a part, in evaluation mode. tensors: of the whole model by their keys."""
+    return _filled(empty_part(config, part), parted(tensors, config, part))
+
+
+def _filled(model: GPT2LMHeadModel, tensors: Mapping[str, Tensor]) -> GPT2LMHeadModel:
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     return model.eval()
 

@@ -184,6 +184,7 @@ def sliced_config(config: Any, size: Size) -> GPT2Config:
 
 _COMPRESSED = (
     "ffn_groups", "tversky", "efficient_attention", "alibi", "token_factored", "shaped_attention", "combined",
+    "fractal",
 )  # fmt: skip
 
 

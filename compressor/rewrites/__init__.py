@@ -10,6 +10,7 @@ from .base import FitContext, Rewrite
 from .combine import Combine
 from .compressed_n import CompressedN
 from .dropped_n import DroppedN
+from .fractal import Fractal
 from .linformer import Linformer
 from .matryoshka import Matryoshka
 from .merged_n import MergedN
@@ -36,6 +37,7 @@ REWRITES: dict[str, type[Rewrite]] = {
     "sasp": Sasp,
     "matryoshka": Matryoshka,
     "combine": Combine,
+    "fractal": Fractal,
 }
 
 

@@ -18,6 +18,7 @@ from ..capture import Batch, capture
 from ..correlation import SecondMoments
 from ..data import TokenBlocks
 from ..errors import UserError
+from ..modeling.fractal import Part
 from ..modeling.nesting import Size
 from ..token_groups import Strings
 from ..windows import Window, anchor_layer, check_length, middle_start, tiles, window
@@ -111,6 +112,20 @@ class Nest:
 
 
 @dataclass(frozen=True)
+class Divided:
+    """Models side by side in one, trained together with it.
+
+    stream: what makes a block of text a part's own, its place among the blocks of a step (rows) or what it is like
+    (cluster). share: own, a part learns from its own blocks alone; all. inner: as of Nest.
+    """
+
+    parts: tuple[Part, ...]
+    stream: str
+    share: str
+    inner: float
+
+
+@dataclass(frozen=True)
 class Rewrite(ABC):
     """A change of structure and the fit that goes with it. Its fields are the recipe's parameters."""
 
@@ -175,8 +190,8 @@ class Rewrite(ABC):
         """A term to add to the training loss, already normalised."""
         return None
 
-    def nest(self, model: GPT2LMHeadModel) -> Nest | None:
-        """The sizes of a nested model that a recovery trains together; None where it is one model."""
+    def nest(self, model: GPT2LMHeadModel) -> Nest | Divided | None:
+        """The sizes or parts of a model that a recovery trains together; None where it is one model."""
         return None
 
     def on_step(self, model: GPT2LMHeadModel, progress: float) -> None:  # noqa: B027

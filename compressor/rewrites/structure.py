@@ -14,7 +14,7 @@ from ..modeling import AUTO_MAP, GPT2CompressedConfig
 
 # What in the config makes a GPT-2 a compressed one: lists of entries, and one mapping each.
 LISTS = ("ffn_groups", "tversky", "efficient_attention")
-STRUCTURES = (*LISTS, "alibi", "token_factored", "shaped_attention", "matryoshka", "combined")
+STRUCTURES = (*LISTS, "alibi", "token_factored", "shaped_attention", "matryoshka", "combined", "fractal")
 
 
 def add_structure(base: GPT2Config, field: str, entries: list[dict[str, Any]] | dict[str, Any]) -> GPT2CompressedConfig:
@@ -25,12 +25,16 @@ def add_structure(base: GPT2Config, field: str, entries: list[dict[str, Any]] | 
 
 
 def without_structure(
-    model: GPT2LMHeadModel, field: str, goes: Callable[[dict[str, Any]], bool], tensors: Mapping[str, Tensor]
+    model: GPT2LMHeadModel,
+    field: str,
+    goes: Callable[[dict[str, Any]], bool],
+    tensors: Mapping[str, Tensor],
+    changes: Mapping[str, Any] | None = None,
 ) -> GPT2LMHeadModel:
     """The model without the entries of `field` that go: plain GPT-2 where no other is left. tensors: what takes the
-    place of theirs, by state-dict key, a query's, key's or value's linear as part of c_attn. A head that is no longer
-    the embeddings is untied from them."""
-    fields = model.config.to_dict()
+    place of theirs, by state-dict key, a query's, key's or value's linear as part of c_attn. changes: what else of
+    the config is another then. A head that is no longer the embeddings is untied from them."""
+    fields = {**model.config.to_dict(), **(changes or {})}
     if field in LISTS:
         fields[field] = [entry for entry in fields.get(field) or [] if not goes(entry)] or None
     elif goes(fields[field]):

@@ -1,0 +1,123 @@
+"""What a model of parts is made of: heads and neurons in the order of their groups, and what is a part's alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from .. import gpt2
+from ..correlation import SecondMoments
+from ..modeling.fractal import parts_of_levels, vectors_of
+from .base import LINEAR_SITES, FitContext
+from .nested_bases import Parts, order_neurons, parts_of
+from .partition import dealt, divide, grouped
+
+QUERIES, KEYS, VALUES, OUT, FC, PROJ = LINEAR_SITES
+Groups = Literal["alike", "mixed"]
+Rescale = Literal["none", "mean", "fit"]
+
+
+def fit_fractal(model: GPT2LMHeadModel, context: FitContext, *, groups: Groups, rescale: Rescale) -> None:
+    """Fill a model of parts, whose config says how many there are, from the original: its function as a whole."""
+    original, entry = context.original, model.config.fractal
+    smallest = entry["split"] ** entry["levels"]
+    parts = parts_of(original)
+    layers = range(parts.layers)
+    moments: dict[str, dict[int, SecondMoments]] = {}
+    if groups == "mixed" or rescale != "none":
+        moments = {leaf: context.moments(layers, site) for leaf, site in ((OUT, "attention_mixed"), (PROJ, "post"))}
+    context.progress("groups of heads and neurons")
+    heads, neurons = [], []
+    for layer in layers:
+        if groups == "mixed":
+            by_head = worth(parts, moments, layer, OUT).unflatten(0, (parts.heads, -1)).sum(1)
+            of_heads, of_neurons = dealt(by_head, smallest), dealt(worth(parts, moments, layer, PROJ), smallest)
+        else:
+            of_heads = divide(head_features(parts, layer), smallest)[1]
+            of_neurons = divide(neuron_features(parts, layer), smallest)[1]
+        heads.append(grouped(of_heads))
+        neurons.append(grouped(of_neurons))
+    orders = {OUT: [order_of_heads(own, parts) for own in heads], PROJ: neurons}
+    order_heads(parts, orders[OUT])
+    order_neurons(parts, orders[PROJ])
+    known = model.state_dict()
+    tensors = gpt2.joined_qkv(parts.tensors(), known)
+    model.load_state_dict(
+        {key: value.to(original.dtype) for key, value in tensors.items() if key in known}, strict=False, assign=True
+    )
+    whole = gpt2.norms(original)[-1]
+    for part in parts_of_levels(model.config):
+        own, share = vectors_of(model, part), entry["split"] ** part.level
+        gpt2.put(own.ln_f, "weight", whole.weight)
+        gpt2.put(own.ln_f, "bias", whole.bias)
+        for layer in layers:
+            fitted = [(1.0, torch.zeros(model.config.n_embd))] * 2
+            if rescale != "none":
+                fitted = [
+                    rescaled(
+                        moments[leaf][layer], orders[leaf][layer], parts.linears[layer, leaf][0], share, part.place,
+                        rescale == "fit",
+                    )
+                    for leaf in (OUT, PROJ)
+                ]  # fmt: skip
+            gpt2.put(own.layers[layer], "gains", torch.tensor([gain for gain, _ in fitted]))
+            gpt2.put(own.layers[layer], "attention", fitted[0][1])
+            gpt2.put(own.layers[layer], "ffn", fitted[1][1])
+
+
+# ---------------------------------------------------------------- groups
+
+
+def head_features(parts: Parts, layer: int) -> Tensor:
+    """What a head writes for what it reads, W_v W_o as a direction, float64[heads, d * d]: whatever its own basis."""
+    values = parts.linears[layer, VALUES][0].unflatten(1, (parts.heads, -1)).transpose(0, 1)
+    out = parts.linears[layer, OUT][0].unflatten(0, (parts.heads, -1))
+    return torch.nn.functional.normalize((values @ out).flatten(1), dim=1)
+
+
+def neuron_features(parts: Parts, layer: int) -> Tensor:
+    """What a neuron looks for, a column of c_fc with LayerNorm's gain in it as a direction, float64[d_ff, d]."""
+    gain = parts.norms[2 * layer + 1][0]
+    return torch.nn.functional.normalize((gain[:, None] * parts.linears[layer, FC][0]).T, dim=1)
+
+
+def worth(parts: Parts, moments: dict[str, dict[int, SecondMoments]], layer: int, leaf: str) -> Tensor:
+    """How much each input of a linear adds to the residual stream, in mean squared length about its mean."""
+    return moments[leaf][layer].covariance().diagonal().cpu() * parts.linears[layer, leaf][0].square().sum(1)
+
+
+def order_of_heads(order: Tensor, parts: Parts) -> Tensor:
+    """An order of heads as one of their numbers, int64[d]."""
+    width = len(parts.linears[0, OUT][0]) // parts.heads
+    return (order[:, None] * width + torch.arange(width)).flatten()
+
+
+def order_heads(parts: Parts, orders: list[Tensor]) -> None:
+    """Put each layer's heads in the order of `order_of_heads`."""
+    for layer, order in enumerate(orders):
+        for leaf in (QUERIES, KEYS, VALUES):
+            weight, bias = parts.linears[layer, leaf]
+            parts.linears[layer, leaf] = weight[:, order], bias[order]
+        weight, bias = parts.linears[layer, OUT]
+        parts.linears[layer, OUT] = weight[order], bias
+
+
+# ---------------------------------------------------------------- what a part lacks
+
+
+def rescaled(
+    moments: SecondMoments, order: Tensor, weight: Tensor, share: int, place: int, gain_too: bool
+) -> tuple[float, Tensor]:
+    """Gain and bias [d] that bring what a run of the inputs of a linear adds nearest to what all of them add, in mean
+    square. moments: of its inputs before they were put in `order`; weight: after."""
+    mean, covariance = moments.mean.cpu()[order], moments.covariance().cpu()[order][:, order]
+    rows = len(weight) // share
+    run = slice(place * rows, (place + 1) * rows)
+    own, both = weight[run], covariance[run] @ weight
+    gain = 1.0
+    if gain_too:
+        gain = float((own * both).sum() / (own * (covariance[run, run] @ own)).sum().clamp_min(1e-12))
+    return gain, mean @ weight - gain * (mean[run] @ own)
