@@ -14,7 +14,7 @@ from transformers import AutoConfig, GPT2Config
 from transformers.activations import ACT2FN
 
 from .checkpoint_attention import MOST, check_attention, different
-from .checkpoint_nesting import check_nesting
+from .checkpoint_nesting import check_nesting, check_parts
 from .errors import UserError
 from .modeling import GPT2CompressedConfig
 from .modeling.tversky import DIFFERENCES, FORMS, INTERSECTIONS, PROTOTYPES, SCALARS
@@ -93,6 +93,7 @@ def check_config(where: str, config: GPT2Config) -> None:
         _check_tversky(where, config)
         check_attention(where, config)  # asks where Tversky projections are
         check_nesting(where, config)
+        check_parts(where, config)
 
 
 def _is_group(entry: Any, n_layer: int) -> bool:

@@ -1,4 +1,4 @@
-"""config.json of a nested model, or of a slice of one: refused in one line where no model can be built from it."""
+"""config.json of a model of sizes or parts, or of one cut out of it: refused in one line where none can be built."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .modeling import GPT2CompressedConfig
 from .modeling.nesting import FULL
 
 _ALONE = ("ffn_groups", "tversky", "efficient_attention", "alibi", "token_factored", "shaped_attention", "combined")
+_LEVELS = 12  # 2 to the power of more is no number of heads
 
 
 def check_nesting(where: str, config: GPT2CompressedConfig) -> None:
@@ -51,6 +52,32 @@ def check_nesting(where: str, config: GPT2CompressedConfig) -> None:
     beside = [name for name in _ALONE if getattr(config, name)]
     if beside:
         raise UserError(f"{where} has {beside[0]} beside matryoshka; a nested model has nothing else changed")
+
+
+def check_parts(where: str, config: GPT2CompressedConfig) -> None:
+    """Raises UserError for a `fractal` of which no model can be made."""
+    entry = config.fractal
+    if entry is None:
+        return
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} has {entry!r:.80} as fractal; allowed: a mapping")
+    split, levels, heads = (entry.get(key) for key in ("split", "levels", "heads"))
+    if type(split) is not int or split not in (2, 4):
+        raise UserError(f"{where} has {split!r:.80} as split of fractal; allowed: 2, 4")
+    if type(levels) is not int or not 0 <= levels <= _LEVELS:
+        raise UserError(f"{where} has {levels!r:.80} as levels of fractal; allowed: 0 to {_LEVELS}")
+    if levels and (config.n_head % split**levels or d_ff(config) % split**levels):
+        raise UserError(
+            f"{where} has {levels} levels of split {split} in fractal, which do not divide {config.n_head} heads and "
+            f"{d_ff(config)} neurons"
+        )
+    if type(heads) is not int or not 1 <= heads <= config.n_head or config.n_head % heads:
+        raise UserError(f"{where} has {heads!r:.80} as heads of fractal; allowed: divisors of {config.n_head}")
+    if levels and heads != config.n_head:
+        raise UserError(f"{where} has {heads} heads in fractal and levels; allowed: levels 0 of a part cut out")
+    beside = [name for name in (*_ALONE, "matryoshka") if getattr(config, name)]
+    if beside:
+        raise UserError(f"{where} has {beside[0]} beside fractal; a model of parts has nothing else changed")
 
 
 def _falls(sizes: Any, first: int, *, exactly: bool) -> bool:

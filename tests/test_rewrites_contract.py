@@ -33,6 +33,12 @@ def _tversky(size, width_in, width_out, *, projections, banks=1, scalars=3):
     return projections * (width_out * (size - width_in) + scalars) + banks * size * width_in
 
 
+def _part(share):
+    """What a layer of a part lacks: the columns and biases of queries, keys, values and neurons, rows of outputs."""
+    heads, neurons = D - D // share, FF - FF // share
+    return 3 * heads * (D + 1) + heads * D + neurons * (2 * D + 1)
+
+
 def _plain(d, ff=None, layers=LAYERS):
     """All of a GPT-2 with a tied head."""
     ff = 4 * d if ff is None else ff
@@ -160,6 +166,11 @@ EXAMPLES = {
             _plain(16, 32, 5) - _plain(D),
         ),
         ({"head": [8], "only": {"head": 8}}, 8 * D + 8),
+    ],
+    "fractal": [  # whole, it is the original: tests/test_fractal.py
+        ({"levels": 1, "only": [1, 1]}, -LAYERS * _part(2)),
+        ({"groups": "mixed", "rescale": "fit", "only": [2, 2]}, -LAYERS * _part(4)),
+        ({"split": 4, "levels": 1, "only": [1, 0]}, -LAYERS * _part(4)),
     ],
     "combine": [  # its glue that selects one model: tests/test_rewrites_combine.py
         ({"other": "OTHER"}, _OTHER + (D + 16) ** 2),

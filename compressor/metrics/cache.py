@@ -12,15 +12,17 @@ def cache_bytes(config: GPT2Config, context: int | None = None, itemsize: int = 
     """The most bytes that the caches of all layers hold for one sequence of up to `context` tokens (default
     n_positions). itemsize: bytes of a number of the dtype that is computed in, default float32's.
 
-    Softmax over all tokens keeps 2 d numbers a token. Attention in blocks of c tokens keeps as many for the block under
-    way, and for the completed ones: linformer 2 d for each summary, nystromformer 2 d a token (3 d with the
-    pseudo-inverse, which needs queries) and the landmarks' keys, values and sizes (the latter two float32), performer
-    head_dim + 2 float32 for each feature of each head, whatever the length.
+    Softmax over all tokens keeps 2 d numbers a token, a part of the heads its share. Attention in blocks of c tokens
+    keeps as many for the block under way, and for the completed ones: linformer 2 d for each summary, nystromformer 2 d
+    a token (3 d with the pseudo-inverse, which needs queries) and the landmarks' keys, values and sizes (the latter two
+    float32), performer head_dim + 2 float32 for each feature of each head, whatever the length.
     """
     context = config.n_positions if context is None else context
     entries = getattr(config, "efficient_attention", None) or []
     plain = config.n_layer - sum(len(entry["layers"]) for entry in entries)
-    found = plain * 2 * config.n_embd * context * itemsize
+    fractal = getattr(config, "fractal", None)
+    kept = config.n_embd // config.n_head * fractal["heads"] if fractal else config.n_embd
+    found = plain * 2 * kept * context * itemsize
     for entry in entries:
         last = range(max(0, context - entry["block"]), context + 1)  # a block is completed once in these
         found += len(entry["layers"]) * max(_of_layer(config, entry, tokens, itemsize) for tokens in last)

@@ -34,6 +34,7 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
 
     Attention in blocks: see `_attention`. A nested model in another basis takes 2 d k more for what leads to the
     head, and 2 k for each token of the vocabulary, of k coordinates; layers may differ in neurons.
+    A part of the heads takes its share of what attention does.
     """
     config = model if isinstance(model, GPT2Config) else cast(GPT2Config, model.config)
     context = config.n_positions if context is None else context
@@ -48,7 +49,9 @@ def flops_per_token(model: PreTrainedModel | GPT2Config, context: int | None = N
     )
     kinds = (_tversky_flops, _stream_flops, _nested_flops, _parts_flops)
     rest = deltas + 2 * d * config.vocab_size + sum(more(config) for more in kinds)
-    return config.n_layer * layer + scores + rest
+    fractal = getattr(config, "fractal", None)
+    gone = config.n_head - fractal["heads"] if fractal else 0  # heads
+    return config.n_layer * layer + scores + rest - gone * (config.n_layer * 8 * d * d + scores) // config.n_head
 
 
 def _stream_flops(config: GPT2Config) -> int:

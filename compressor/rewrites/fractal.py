@@ -7,19 +7,22 @@ in the order of their groups keeps the model's function: as a whole it stays the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .. import gpt2, models
+from ..capture import Batch
 from ..errors import UserError
 from ..modeling import GPT2CompressedConfig
 from ..modeling.fractal import Part, few_heads, part_config, part_of, parts_of_levels, vectors_of, with_wider_heads
 from ..modeling.modeling_gpt2_compressed import parted_model
 from .base import BLOCK_SITES, Divided, FitContext, Rewrite, sites_of
+from .fractal_diagnosis import diagnose
 from .fractal_fit import Groups, Rescale, fit_fractal
 from .structure import add_structure, without_structure
 
@@ -109,6 +112,9 @@ class Fractal(Rewrite):
 
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
         return plain(model)
+
+    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch]) -> dict[str, Any] | None:
+        return None if self.only is not None else diagnose(model, batches)
 
     @classmethod
     def neutral(cls, base: GPT2Config) -> Fractal:

@@ -51,10 +51,10 @@ def fit_fractal(model: GPT2LMHeadModel, context: FitContext, *, groups: Groups, 
     whole = gpt2.norms(original)[-1]
     for part in parts_of_levels(model.config):
         own, share = vectors_of(model, part), entry["split"] ** part.level
-        gpt2.put(own.ln_f, "weight", whole.weight)
-        gpt2.put(own.ln_f, "bias", whole.bias)
+        gpt2.put(own.ln_f, "weight", whole.weight.clone())
+        gpt2.put(own.ln_f, "bias", whole.bias.clone())
         for layer in layers:
-            fitted = [(1.0, torch.zeros(model.config.n_embd))] * 2
+            fitted = [(1.0, torch.zeros(model.config.n_embd)) for _ in range(2)]
             if rescale != "none":
                 fitted = [
                     rescaled(
