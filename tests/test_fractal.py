@@ -76,7 +76,7 @@ PARTS = [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3)]
 # ---------------------------------------------------------------- the whole
 
 
-@pytest.mark.parametrize("record", [{}, {"groups": "mixed"}, {"split": 4, "levels": 1, "rescale": "fit"}], ids=str)
+@pytest.mark.parametrize("record", [{}, {"groups": "mixed"}, {"split": 4, "levels": 1}], ids=str)
 @pytest.mark.parametrize("changes", ODD, ids=lambda changes: str(*changes))
 def test_the_whole_is_the_original(record, changes, ids):
     rewrite, original, model = divided(record, **changes)
@@ -140,7 +140,7 @@ def test_a_level_lies_within_the_one_before(made):
 @pytest.mark.parametrize("part", PARTS, ids=str)
 class TestParts:
     def test_by_hand(self, made, part, ids):
-        """The whole block with explicit matrices of the part's heads and neurons, its biases and gains."""
+        """The whole block with explicit matrices of the part's heads and neurons and its biases."""
         model = made[2]
         state = {key: value.double() for key, value in model.state_dict().items()}
         level, place = part
@@ -162,11 +162,11 @@ class TestParts:
                         torch.ones(20, 20).triu(1).bool(), -torch.inf
                     )
                     added = added + scores.softmax(-1) @ v @ state[f"{h}attn.c_proj.weight"][columns]
-            x = x + state[f"{mine}gains"][0] * added + state[f"{h}attn.c_proj.bias"] + state[f"{mine}attention"]
+            x = x + added + state[f"{h}attn.c_proj.bias"] + state[f"{mine}attention"]
             a = norm(x, f"{h}ln_2") @ state[f"{h}mlp.c_fc.weight"] + state[f"{h}mlp.c_fc.bias"]
             a = torch.nn.functional.gelu(a, approximate="tanh") * (torch.arange(FF) * share // FF == place)
             added = a @ state[f"{h}mlp.c_proj.weight"]
-            x = x + state[f"{mine}gains"][1] * added + state[f"{h}mlp.c_proj.bias"] + state[f"{mine}ffn"]
+            x = x + added + state[f"{h}mlp.c_proj.bias"] + state[f"{mine}ffn"]
         wanted = norm(x, f"{own}ln_f") @ state["transformer.wte.weight"].T
         assert (logits(model.part(*part), ids) - wanted).abs().max() <= 1e-4
 
@@ -221,25 +221,25 @@ class TestParts:
         assert parameters(cut) == (97 + 64) * D + LAYERS * layer + 2 * D
         flops = flops_per_token(cut, 20)
         assert flops == LAYERS * (8 * D * d + 4 * D * ff + 2 * 20 * d) + 2 * D * 97
+        cut.set_attn_implementation("eager")
         with FlopCounterMode(display=False) as counter:
             logits(cut, torch.ones(1, 20, dtype=torch.int64))
         assert flops == counter.get_total_flops() / 20 - LAYERS * 2 * 20 * d  # it counts what no token sees too
 
 
-def test_embeddings_norms_and_c_fc_are_the_whole_models(made):
+def test_memory_is_the_whole_models_where_it_can_be(made):
     model = made[2]
     cut = model.part(2, 3)
     mine = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     own = {key for key, parameter in cut.named_parameters() if parameter.untyped_storage().data_ptr() not in mine}
-    linears = ("attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight",
-               "mlp.c_proj.bias")  # fmt: skip
+    linears = ("attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.bias", "mlp.c_proj.bias")
     assert own == {f"transformer.h.{layer}.{name}" for layer in range(LAYERS) for name in linears}
 
 
 def test_counts_of_gpt2_small():
     rewrite = from_record({"rewrite": "fractal"})
     whole = build(structure([rewrite], GPT2Config()))
-    assert parameters(whole) - parameters(build(GPT2Config())) == 6 * (12 * (2 * 768 + 2) + 2 * 768)
+    assert parameters(whole) - parameters(build(GPT2Config())) == 6 * (12 * 2 * 768 + 2 * 768)
 
 
 @pytest.mark.parametrize("changes", ODD, ids=lambda changes: str(*changes))

@@ -169,7 +169,7 @@ EXAMPLES = {
     ],
     "fractal": [  # whole, it is the original: tests/test_fractal.py
         ({"levels": 1, "only": [1, 1]}, -LAYERS * _part(2)),
-        ({"groups": "mixed", "rescale": "fit", "only": [2, 2]}, -LAYERS * _part(4)),
+        ({"groups": "mixed", "only": [2, 2]}, -LAYERS * _part(4)),
         ({"split": 4, "levels": 1, "only": [1, 0]}, -LAYERS * _part(4)),
     ],
     "combine": [  # its glue that selects one model: tests/test_rewrites_combine.py

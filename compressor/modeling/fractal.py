@@ -68,16 +68,14 @@ class FewerHeads(GPT2Attention):
 
 
 class PartLayer(nn.Module):
-    """What a part does in a layer to what attention and FFN give: times a gain each, [2], plus a bias each, [d]."""
+    """What a part adds in a layer to what attention and FFN give, [d] each."""
 
     def __init__(self, d: int):
         super().__init__()
-        self.gains = nn.Parameter(torch.empty(2))
         self.attention = nn.Parameter(torch.empty(d))
         self.ffn = nn.Parameter(torch.empty(d))
 
     def reset_parameters(self) -> None:
-        init.ones_(self.gains)
         init.zeros_(self.attention)
         init.zeros_(self.ffn)
 
@@ -130,13 +128,12 @@ def parted(tensors: Mapping[str, Tensor], config: Any, part: Part) -> dict[str, 
             found[f"{c_attn}{name}"] = by_head[..., kept, :].flatten(-3)
         neurons = len(tensors[f"{c_fc}bias"])
         columns = slice(part.place * neurons // share, (part.place + 1) * neurons // share)
-        gains = tensors[f"{added}gains"]
-        found[f"{o}weight"] = tensors[f"{o}weight"][rows] * gains[0]
+        found[f"{o}weight"] = tensors[f"{o}weight"][rows]
         found[f"{o}bias"] = tensors[f"{o}bias"] + tensors[f"{added}attention"]
         found[f"{c_fc}weight"], found[f"{c_fc}bias"] = (
             tensors[f"{c_fc}{name}"][..., columns] for name in ("weight", "bias")
         )
-        found[f"{c_proj}weight"] = tensors[f"{c_proj}weight"][columns] * gains[1]
+        found[f"{c_proj}weight"] = tensors[f"{c_proj}weight"][columns]
         found[f"{c_proj}bias"] = tensors[f"{c_proj}bias"] + tensors[f"{added}ffn"]
     for name in ("weight", "bias"):
         found[f"{TRUNK}ln_f.{name}"] = tensors[f"{own}ln_f.{name}"]

@@ -195,8 +195,8 @@ class GPT2CompressedLMHeadModel(GPT2CompressedPreTrainedModel, GPT2LMHeadModel):
         return found
 
     def part(self, level: int, place: int) -> GPT2LMHeadModel:
-        """One of the models side by side in this one, 0 <= place < split^level, as a model of its own. It shares this
-        one's embeddings, norms and c_fc. Raises ValueError for a part that is not there."""
+        """One of the models side by side in this one, 0 <= place < split^level, as a model of its own. It shares
+        this one's memory but for c_attn and biases. Raises ValueError for a part that is not there."""
         found = parted_model(dict(self.named_parameters()), self.config, part_of(self.config, level, place))
         found.generation_config = self.generation_config
         return found

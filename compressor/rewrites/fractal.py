@@ -23,7 +23,7 @@ from ..modeling.fractal import Part, few_heads, part_config, part_of, parts_of_l
 from ..modeling.modeling_gpt2_compressed import parted_model
 from .base import BLOCK_SITES, Divided, FitContext, Rewrite, sites_of
 from .fractal_diagnosis import diagnose
-from .fractal_fit import Groups, Rescale, fit_fractal
+from .fractal_fit import Groups, fit_fractal
 from .structure import add_structure, without_structure
 
 
@@ -40,7 +40,6 @@ class Fractal(Rewrite):
     split: int = 2
     levels: int = 2
     groups: Groups = "alike"
-    rescale: Rescale = "none"
     stream: Literal["rows", "cluster"] = "rows"
     share: Literal["own", "all"] = "own"
     inner: float = 0.0
@@ -88,10 +87,10 @@ class Fractal(Rewrite):
         base = context.original.config
         part = self._only(base)
         if part is None:
-            fit_fractal(model, context, groups=self.groups, rescale=self.rescale)
+            fit_fractal(model, context, groups=self.groups)
             return
         whole = models.build(self._whole(base)).to(model.dtype)  # type: ignore[arg-type]
-        fit_fractal(whole, context, groups=self.groups, rescale=self.rescale)
+        fit_fractal(whole, context, groups=self.groups)
         whole.tie_weights()
         cut = parted_model(dict(whole.named_parameters()), whole.config, part)
         alone = {key: value.clone(memory_format=torch.contiguous_format) for key, value in cut.state_dict().items()}

@@ -1,4 +1,9 @@
-"""What a model of parts is made of: heads and neurons in the order of their groups, and what is a part's alone."""
+"""What a model of parts is made of: heads and neurons in the order of their groups, and what is a part's alone.
+
+That begins as nothing. On the embedded model the mean of what a part lacks as a bias made parts of half the model five
+to eight times worse at first, and with the best scale beside it no better than neither, also after a recovery
+(benchmarks/results/fractal_quality.md).
+"""
 
 from __future__ import annotations
 
@@ -17,17 +22,16 @@ from .partition import dealt, divide, grouped
 
 QUERIES, KEYS, VALUES, OUT, FC, PROJ = LINEAR_SITES
 Groups = Literal["alike", "mixed"]
-Rescale = Literal["none", "mean", "fit"]
 
 
-def fit_fractal(model: GPT2LMHeadModel, context: FitContext, *, groups: Groups, rescale: Rescale) -> None:
+def fit_fractal(model: GPT2LMHeadModel, context: FitContext, *, groups: Groups) -> None:
     """Fill a model of parts, whose config says how many there are, from the original: its function as a whole."""
     original, entry = context.original, model.config.fractal
     smallest = entry["split"] ** entry["levels"]
     parts = parts_of(original)
     layers = range(parts.layers)
     moments: dict[str, dict[int, SecondMoments]] = {}
-    if groups == "mixed" or rescale != "none":
+    if groups == "mixed":
         moments = {leaf: context.moments(layers, site) for leaf, site in ((OUT, "attention_mixed"), (PROJ, "post"))}
     context.progress("groups of heads and neurons")
     heads, neurons = [], []
@@ -40,32 +44,21 @@ def fit_fractal(model: GPT2LMHeadModel, context: FitContext, *, groups: Groups, 
             of_neurons = divide(neuron_features(parts, layer), smallest)[1]
         heads.append(grouped(of_heads))
         neurons.append(grouped(of_neurons))
-    orders = {OUT: [order_of_heads(own, parts) for own in heads], PROJ: neurons}
-    order_heads(parts, orders[OUT])
-    order_neurons(parts, orders[PROJ])
+    order_heads(parts, heads)
+    order_neurons(parts, neurons)
     known = model.state_dict()
     tensors = gpt2.joined_qkv(parts.tensors(), known)
     model.load_state_dict(
         {key: value.to(original.dtype) for key, value in tensors.items() if key in known}, strict=False, assign=True
     )
-    whole = gpt2.norms(original)[-1]
+    final, d = gpt2.norms(original)[-1], original.config.n_embd
     for part in parts_of_levels(model.config):
-        own, share = vectors_of(model, part), entry["split"] ** part.level
-        gpt2.put(own.ln_f, "weight", whole.weight.clone())
-        gpt2.put(own.ln_f, "bias", whole.bias.clone())
-        for layer in layers:
-            fitted = [(1.0, torch.zeros(model.config.n_embd)) for _ in range(2)]
-            if rescale != "none":
-                fitted = [
-                    rescaled(
-                        moments[leaf][layer], orders[leaf][layer], parts.linears[layer, leaf][0], share, part.place,
-                        rescale == "fit",
-                    )
-                    for leaf in (OUT, PROJ)
-                ]  # fmt: skip
-            gpt2.put(own.layers[layer], "gains", torch.tensor([gain for gain, _ in fitted]))
-            gpt2.put(own.layers[layer], "attention", fitted[0][1])
-            gpt2.put(own.layers[layer], "ffn", fitted[1][1])
+        own = vectors_of(model, part)
+        for name, tensor in final.named_parameters():
+            gpt2.put(own.ln_f, name, tensor.clone())
+        for added in own.layers:
+            for name, _ in added.named_parameters():
+                gpt2.put(added, name, torch.zeros(d))
 
 
 # ---------------------------------------------------------------- groups
@@ -89,35 +82,13 @@ def worth(parts: Parts, moments: dict[str, dict[int, SecondMoments]], layer: int
     return moments[leaf][layer].covariance().diagonal().cpu() * parts.linears[layer, leaf][0].square().sum(1)
 
 
-def order_of_heads(order: Tensor, parts: Parts) -> Tensor:
-    """An order of heads as one of their numbers, int64[d]."""
-    width = len(parts.linears[0, OUT][0]) // parts.heads
-    return (order[:, None] * width + torch.arange(width)).flatten()
-
-
 def order_heads(parts: Parts, orders: list[Tensor]) -> None:
-    """Put each layer's heads in the order of `order_of_heads`."""
-    for layer, order in enumerate(orders):
+    """Put each layer's heads in the order int64[heads]."""
+    width = len(parts.linears[0, OUT][0]) // parts.heads
+    for layer, by_head in enumerate(orders):
+        order = (by_head[:, None] * width + torch.arange(width)).flatten()
         for leaf in (QUERIES, KEYS, VALUES):
             weight, bias = parts.linears[layer, leaf]
             parts.linears[layer, leaf] = weight[:, order], bias[order]
         weight, bias = parts.linears[layer, OUT]
         parts.linears[layer, OUT] = weight[order], bias
-
-
-# ---------------------------------------------------------------- what a part lacks
-
-
-def rescaled(
-    moments: SecondMoments, order: Tensor, weight: Tensor, share: int, place: int, gain_too: bool
-) -> tuple[float, Tensor]:
-    """Gain and bias [d] that bring what a run of the inputs of a linear adds nearest to what all of them add, in mean
-    square. moments: of its inputs before they were put in `order`; weight: after."""
-    mean, covariance = moments.mean.cpu()[order], moments.covariance().cpu()[order][:, order]
-    rows = len(weight) // share
-    run = slice(place * rows, (place + 1) * rows)
-    own, both = weight[run], covariance[run] @ weight
-    gain = 1.0
-    if gain_too:
-        gain = float((own * both).sum() / (own * (covariance[run, run] @ own)).sum().clamp_min(1e-12))
-    return gain, mean @ weight - gain * (mean[run] @ own)
