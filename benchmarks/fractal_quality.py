@@ -147,7 +147,31 @@ def told(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(lines: list[Any], options: argparse.Namespace, context: int) -> str:
-    return json.dumps(lines)
+    levels = range(1, options.levels + 1)
+    given = " ".join(f'"{variant}"' for variant in options.variants)
+    heads = [f"level {number}" for number in levels] + [f"level {number}, own" for number in levels]
+    text = [
+        f"{Path(options.model).name}; split {options.split}, levels {options.levels}; test: {options.test_tokens:,} tokens, "
+        f"context {context} without overlap; recovery ({options.train}): {options.steps} steps of "
+        f"{options.batch_tokens:,} tokens.",
+        "",
+        f"`python benchmarks/fractal_quality.py {Path(options.model).name} --steps {options.steps} --batch-tokens "
+        f"{options.batch_tokens} --context {context} --test-tokens {options.test_tokens} --variants {given}`",
+        "",
+        f"| variant | | whole | {' | '.join(heads)} |",
+        f"| --- | --- | ---: |{' ---: |' * len(heads)}",
+    ]
+    for variant, found in lines:
+        for when in ("before", "after"):
+            cells = [level(found[when], number, which) for which in ("all", "own") for number in levels]
+            name = variant or "as it is"
+            text.append(f"| {name} | {when} | {found[when]['whole']:.2f} | {' | '.join(cells)} |")
+    parts = lines[-1][1]["after"]["parts"]
+    for number in levels if parts else ():
+        part = parts[f"{number}_0"]
+        told = f"{part['parameters']:,} parameters, {part['flops']:,} operations a token"
+        text += ["", f"A part of level {number}: {told} (the model: {lines[0][1]['flops']:,} operations)."]
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ class PartVectors(nn.Module):
         self.layers = nn.ModuleList([PartLayer(d) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(d, eps=config.layer_norm_epsilon)
 
+    def begin(self, final: nn.LayerNorm) -> None:
+        """Nothing added, and the whole model's last LayerNorm, in memory of its own."""
+        self.ln_f.load_state_dict({name: tensor.clone() for name, tensor in final.state_dict().items()}, assign=True)
+        for layer in self.layers:
+            zeros = {name: torch.zeros_like(final.bias) for name, _ in layer.named_parameters()}
+            layer.load_state_dict(zeros, assign=True)
+
 
 def own_vectors(config: Any) -> nn.ModuleDict:
     """Of all parts by their names. The whole model uses none of them."""

@@ -51,14 +51,8 @@ def fit_fractal(model: GPT2LMHeadModel, context: FitContext, *, groups: Groups) 
     model.load_state_dict(
         {key: value.to(original.dtype) for key, value in tensors.items() if key in known}, strict=False, assign=True
     )
-    final, d = gpt2.norms(original)[-1], original.config.n_embd
     for part in parts_of_levels(model.config):
-        own = vectors_of(model, part)
-        for name, tensor in final.named_parameters():
-            gpt2.put(own.ln_f, name, tensor.clone())
-        for added in own.layers:
-            for name, _ in added.named_parameters():
-                gpt2.put(added, name, torch.zeros(d))
+        vectors_of(model, part).begin(gpt2.norms(original)[-1])
 
 
 # ---------------------------------------------------------------- groups
