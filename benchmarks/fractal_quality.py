@@ -151,8 +151,8 @@ def table(lines: list[Any], options: argparse.Namespace, context: int) -> str:
     given = " ".join(f'"{variant}"' for variant in options.variants)
     heads = [f"level {number}" for number in levels] + [f"level {number}, own" for number in levels]
     text = [
-        f"{Path(options.model).name}; split {options.split}, levels {options.levels}; test: {options.test_tokens:,} tokens, "
-        f"context {context} without overlap; recovery ({options.train}): {options.steps} steps of "
+        f"{Path(options.model).name}; split {options.split}, levels {options.levels}; test: {options.test_tokens:,} "
+        f"tokens, context {context} without overlap; recovery ({options.train}): {options.steps} steps of "
         f"{options.batch_tokens:,} tokens.",
         "",
         f"`python benchmarks/fractal_quality.py {Path(options.model).name} --steps {options.steps} --batch-tokens "
