@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..modeling import GPT2CompressedConfig
 from ..modeling.fractal import Part, few_heads, part_config, part_of, parts_of_levels, vectors_of, with_wider_heads
 from ..modeling.modeling_gpt2_compressed import parted_model
+from ..token_groups import Strings
 from .base import BLOCK_SITES, Divided, FitContext, Rewrite, sites_of
 from .fractal_diagnosis import diagnose
 from .fractal_fit import Groups, fit_fractal
@@ -112,7 +113,9 @@ class Fractal(Rewrite):
     def fold(self, model: GPT2LMHeadModel) -> GPT2LMHeadModel:
         return plain(model)
 
-    def diagnose(self, model: GPT2LMHeadModel, batches: Iterable[Batch]) -> dict[str, Any] | None:
+    def diagnose(
+        self, model: GPT2LMHeadModel, batches: Iterable[Batch], strings: Strings = ()
+    ) -> dict[str, Any] | None:
         return None if self.only is not None else diagnose(model, batches)
 
     @classmethod
