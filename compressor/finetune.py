@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,9 +163,8 @@ def finetune(
     attention = attention_while_training(model, width, low)
     zeros = [item for rewrite in rewrites for item in rewrite.zeros(model)]
     nests = [nest for rewrite in rewrites if (nest := rewrite.nest(model)) is not None]
-    if nests:
-        groups = nests[0].groups
-        settings["nest"] = {"train": nests[0].train, "inner": nests[0].inner, "groups": groups and asdict(groups)}
+    if nests:  # how several models in one are trained is no other setting's
+        settings["rewrites"] = [rewrite.record() for rewrite in rewrites]
     at_once = 1
     with _trainable(model, mode, rewrites, settings, zeros) as parameters:
         given = model, teacher, settings["mix"], rewrites if penalty else (), low

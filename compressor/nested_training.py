@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from transformers import GPT2LMHeadModel
 
 from . import gpt2, lora
@@ -118,22 +117,14 @@ class NestedObjective(TokenObjective):
         """As `_states`, of a slice."""
         if size not in self.empty:
             self.empty[size] = empty_slice(self.model.config, size)
-        model = self.empty[size]
-        model.set_attn_implementation(self.model.config._attn_implementation)
-        model.train(self.model.training)
         own = sliced(tensors, self.model.config, size)
         trunk = {key.removeprefix(TRUNK): tensor for key, tensor in own.items() if key.startswith(TRUNK)}
-        inputs = {"input_ids": ids, "attention_mask": None if mask is None else mask.long(), "use_cache": False}
-        with (
-            torch.autocast(ids.device.type, dtype=self.low, enabled=self.low is not None),
-            gpt2.fused_activations(model),
-        ):
-            hidden = functional_call(gpt2.trunk(model), trunk, (), inputs).last_hidden_state[:, :-1].flatten(0, 1)
-            embeddings = trunk[TOKENS]
-            if f"{HEAD_MAP}.weight" not in own:
-                return hidden, embeddings
+        hidden, embeddings = self._cut_states(self.empty[size], trunk, ids, mask), trunk[TOKENS]
+        if f"{HEAD_MAP}.weight" not in own:
+            return hidden, embeddings
+        with torch.autocast(ids.device.type, dtype=self.low, enabled=self.low is not None):
             left = torch.nn.functional.linear(hidden, own[f"{HEAD_MAP}.weight"], own[f"{HEAD_MAP}.bias"])
-            return left, embeddings[:, : size.head]
+        return left, embeddings[:, : size.head]
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.groups is None else self.groups.state()
