@@ -1,7 +1,7 @@
 """What a model of parts is made of: heads and neurons in the order of their groups, and what is a part's alone.
 
-That begins as nothing. On the embedded model the mean of what a part lacks as a bias made parts of half the model five
-to eight times worse at first, and with the best scale beside it no better than neither, also after a recovery
+That begins as nothing. On the embedded model the mean of what a part lacks as a bias made parts of half the model 4 to
+12 times worse at first, and with the best scale beside it no better than neither, also after a recovery
 (benchmarks/results/fractal_quality.md).
 """
 
