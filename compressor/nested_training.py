@@ -65,7 +65,7 @@ class NestedObjective(TokenObjective):
     def begin_step(self, step: int) -> None:
         """Which sizes this step takes: drawn from the seed and the step alone. Groups of tokens."""
         if self.groups is not None:
-            self.groups.begin_step(step, gpt2.embeddings(self.model))
+            self.groups.begin_step(step, self.model.get_input_embeddings().weight)
         sizes = self.nest.sizes
         if self.at_once == len(sizes):
             return

@@ -10,7 +10,7 @@ import torch
 from test_matryoshka import nested
 from toy import toy_blocks
 
-from compressor import training_loss
+from compressor import group_loss, training_loss
 from compressor.artifacts import provenance
 from compressor.embedding_clusters import emergent_groups
 from compressor.errors import UserError
@@ -130,6 +130,19 @@ def test_emergent_groups_follow_the_embeddings():
     frozen = torch.randn(97, 32, generator=generator)
     loss.begin_step(6, frozen)
     assert loss.groups[8] is seen[4]  # nothing that could have changed
+
+
+@pytest.mark.parametrize(("train", "searches"), [("full", 3), ("lora", 1)])
+def test_a_recovery_finds_groups_anew_where_embeddings_are_trained(train, searches, monkeypatch):
+    found = []
+
+    def search(embeddings, **settings):
+        found.append(embeddings.shape[1])
+        return emergent_groups(embeddings, **settings)
+
+    monkeypatch.setattr(group_loss, "emergent_groups", search)
+    recovered(EMERGENT, train, steps=5)  # every 2: before steps 0, 2 and 4
+    assert len(found) == searches * len(set(found))
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
