@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 from . import gpt2, lora
 from .group_loss import HierarchyLoss
 from .modeling.modeling_gpt2_compressed import empty_slice, sliced_model
-from .modeling.nesting import HEAD_MAP, TOKENS, TRUNK, Size, sliced
+from .modeling.nesting import HEAD, HEAD_MAP, TOKENS, TRUNK, Size, sliced
 from .rewrites import Rewrite
 from .rewrites.base import Nest
 from .token_groups import Strings
@@ -119,12 +119,12 @@ class NestedObjective(TokenObjective):
             self.empty[size] = empty_slice(self.model.config, size)
         own = sliced(tensors, self.model.config, size)
         trunk = {key.removeprefix(TRUNK): tensor for key, tensor in own.items() if key.startswith(TRUNK)}
-        hidden, embeddings = self._cut_states(self.empty[size], trunk, ids, mask), trunk[TOKENS]
+        hidden, head = self._cut_states(self.empty[size], trunk, ids, mask), own.get(HEAD, trunk[TOKENS])
         if f"{HEAD_MAP}.weight" not in own:
-            return hidden, embeddings
+            return hidden, head
         with torch.autocast(ids.device.type, dtype=self.low, enabled=self.low is not None):
             left = torch.nn.functional.linear(hidden, own[f"{HEAD_MAP}.weight"], own[f"{HEAD_MAP}.bias"])
-        return left, embeddings[:, : size.head]
+        return left, head[:, : size.head]
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.groups is None else self.groups.state()

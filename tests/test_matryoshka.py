@@ -36,6 +36,7 @@ ODD = [
     {"scale_attn_by_inverse_layer_idx": True},
     {"scale_attn_weights": False},
     {"activation_function": "relu"},
+    {"tie_word_embeddings": False},
 ]
 
 

@@ -8,7 +8,7 @@ last neurons adds on average.
 Coordinates: a narrower residual stream needs a basis whose first directions carry most. A rotation that keeps the
 vector of ones passes through LayerNorm, so a rotated GPT-2 is a GPT-2, and so is each of its widths: width w keeps the
 first w - 1 coordinates and embeds them into the w numbers of mean 0 by a reflection (`to_plain`). Token embeddings are
-kept in coordinates, the rest as the reflection has it.
+kept in coordinates, and so is a head of its own; the rest is as the reflection has it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import initialization as init
 
 TRUNK = "transformer."
 TOKENS = "wte.weight"
+HEAD = "lm_head.weight"
 HEAD_MAP = "head_map"
 FULL = ("ffn", "width", "depth", "head")
 
@@ -189,8 +190,8 @@ _COMPRESSED = (
 
 
 def sliced(tensors: Mapping[str, Tensor], config: Any, size: Size) -> dict[str, Tensor]:
-    """The tensors of the model of a size by their state-dict keys, without the head, which is the embeddings. tensors:
-    of the whole model. Views where the width is the whole one; gradients reach `tensors`."""
+    """The tensors of the model of a size by their state-dict keys, a tied head once. tensors: of the whole model. Views
+    where the width is the whole one; gradients reach `tensors`."""
     d, heads, full = config.n_embd, config.n_head, full_size(config)
     width, narrow, rotated = size.width, size.width < config.n_embd, bool(config.matryoshka["rotated"])
     nest = f"{TRUNK}nesting."
@@ -201,7 +202,8 @@ def sliced(tensors: Mapping[str, Tensor], config: Any, size: Size) -> dict[str, 
             found[f"{key}.{name}"] = tensors[f"{source or key}.{name}"]
 
     wte, wpe = (f"{TRUNK}{name}.weight" for name in ("wte", "wpe"))
-    found[wte] = to_plain(tensors[wte][:, : width - 1]) if narrow else tensors[wte]
+    for table in (wte,) if config.tie_word_embeddings else (wte, HEAD):
+        found[table] = to_plain(tensors[table][:, : width - 1]) if narrow else tensors[table]
     found[wpe] = narrowed(tensors[wpe], width)
     for layer, ff in enumerate(size.ffn):
         block = f"{TRUNK}h.{layer}."

@@ -237,7 +237,7 @@ def plain(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     if entry["rotated"]:
         weight, bias = (known[f"{HEAD_MAP}.{name}"].cpu().double() for name in ("weight", "bias"))
         embeddings = gpt2.embeddings(model)
-        head = embeddings[:, : len(weight)].cpu().double() @ weight
+        head = gpt2.head(model).weight.detach()[:, : len(weight)].cpu().double() @ weight
         shift = torch.linalg.lstsq(weight, bias[:, None]).solution[:, 0]  # head (x + shift) has the bias in it
         final = f"{gpt2.norm_key(2 * model.config.n_layer, model.config.n_layer)}.bias"
         found |= {

@@ -26,7 +26,7 @@ READING = (QUERIES, KEYS, VALUES, FC)  # the residual stream, through a LayerNor
 
 @dataclass
 class Parts:
-    """A plain GPT-2's tensors, float64; what `rotate` makes of it has token embeddings in coordinates."""
+    """A plain GPT-2's tensors, float64; what `rotate` makes of it has token embeddings and head in coordinates."""
 
     layers: int
     heads: int
@@ -34,6 +34,7 @@ class Parts:
     norms: list[tuple[Tensor, Tensor]]  # gain, bias [d] each, as `gpt2.norms` orders them
     tokens: Tensor  # [vocabulary, d]
     positions: Tensor  # [positions, d]
+    head: Tensor | None = None  # [vocabulary, d], where it is not the embeddings
     head_map: tuple[Tensor, Tensor] | None = None  # weight [d, d], bias [d]: final state -> coordinates
 
     def tensors(self) -> dict[str, Tensor]:
@@ -47,6 +48,8 @@ class Parts:
                 gpt2.linear_key(layer, leaf, "weight"): weight,
                 gpt2.linear_key(layer, leaf, "bias"): bias,
             }
+        if self.head is not None:
+            found[gpt2.HEAD_KEY] = self.head
         if self.head_map is not None:
             found |= {f"{HEAD_MAP}.weight": self.head_map[0].T, f"{HEAD_MAP}.bias": self.head_map[1]}
         return found
@@ -62,7 +65,8 @@ def parts_of(model: GPT2LMHeadModel) -> Parts:
             linears[layer, leaf] = weight.cpu().double(), bias.cpu().double()
     norms = [(norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()) for norm in gpt2.norms(model)]
     tables = gpt2.embeddings(model).cpu().double(), gpt2.positions(model).cpu().double()
-    return Parts(layers, model.config.n_head, linears, norms, *tables)
+    head = None if model.config.tie_word_embeddings else gpt2.head(model).weight.detach().cpu().double()
+    return Parts(layers, model.config.n_head, linears, norms, *tables, head)
 
 
 # ---------------------------------------------------------------- neurons
@@ -102,7 +106,8 @@ def principal_basis(moment: Tensor) -> Tensor:
 
 def rotate(parts: Parts, basis: Tensor) -> None:
     """The residual stream in another basis, [d, d] as of `principal_basis`. Needs `fold_norms`; the final LayerNorm's
-    gain and bias become `head_map`, so that the head stays the embeddings."""
+    gain and bias become `head_map`, so that the head stays the embeddings, or stands in
+    coordinates as these do."""
     rotation = reflected(basis)  # keeps the vector of ones
     for (layer, leaf), (weight, bias) in list(parts.linears.items()):
         if leaf in READING:
@@ -113,6 +118,7 @@ def rotate(parts: Parts, basis: Tensor) -> None:
     parts.head_map = rotation.T @ (gain[:, None] * basis), shift @ basis
     parts.norms[-1] = torch.ones_like(gain), torch.zeros_like(gain)
     parts.tokens, parts.positions = parts.tokens @ basis, parts.positions @ rotation
+    parts.head = None if parts.head is None else parts.head @ basis
 
 
 # ---------------------------------------------------------------- heads
