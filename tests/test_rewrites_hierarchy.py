@@ -35,6 +35,8 @@ def test_a_recipe_keeps_every_setting():
     [
         ({}, {}, "kind"),
         ({"kind": "other"}, {}, "imposed"),
+        ({"kind": ["imposed"]}, {}, "kind"),
+        ({"kind": "imposed", "scheme": [["kind"], "kind"]}, {}, "scheme"),
         ({"kind": "imposed", "every": 3}, {}, "every"),
         ({"kind": "emergent", "scheme": "kind"}, {}, "scheme"),
         ({"kind": "imposed", "scheme": "shape"}, {}, "shape"),

@@ -18,6 +18,7 @@ from compressor.models import find, open_model
 from compressor.recipe import Finetune
 from compressor.rewrites import from_record
 from compressor.rewrites.matryoshka import chosen_by
+from compressor.session import Columns
 from compressor.steps import slice as step
 
 NAMES = ["depth-4", "ffn-64", "ffn-32", "head-16", "width-16"]
@@ -89,7 +90,8 @@ def test_what_comes_after_a_slice(nested_run, tmp_path, session):
     [
         ({}, "give a size (--ffn, --width, --depth, --head) or a budget"),
         ({"choice": {"ffn": 0.5}, "max_parameters": "70k"}, "a budget chooses the size, and ffn is given as well"),
-        ({"choice": {"ffn": 0.5}, "source": "demo"}, "--data and --max-tokens are for a budget"),
+        ({"choice": {"ffn": 0.5}, "source": "demo"}, "--split and --max-tokens are for a budget"),
+        ({"choice": {"ffn": 0.5}, "columns": Columns(split="test")}, "--split and --max-tokens are for a budget"),
         ({"choice": {"ffn": 0.3}}, "ffn is 0.3; allowed: 128, 64, 32, or as a share of 128"),
         ({"choice": {"width": 16, "head": 16}}, "head=16 with width=16: a narrower model's logits"),
         ({"max_parameters": "none"}, "max_parameters='none' is no number of parameters"),

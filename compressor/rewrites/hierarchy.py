@@ -51,7 +51,7 @@ def hierarchy(record: dict[str, Any], prefixes: int) -> Imposed | Emergent:
     """The settings of a record such as {"kind": "imposed", "scheme": "case"} for so many smaller prefixes. Raises
     UserError for what is not allowed."""
     kind = record.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise unknown(f"kind of {OWNER}", str(kind), KINDS)
     given = {key: value for key, value in record.items() if key != "kind"}
     found = fields.from_record(KINDS[kind], given, OWNER)
@@ -59,7 +59,7 @@ def hierarchy(record: dict[str, Any], prefixes: int) -> Imposed | Emergent:
         raise UserError(f"{OWNER}: weight is {found.weight}; allowed: 0 or more")
     if isinstance(found, Imposed):
         for scheme in found.schemes(prefixes):
-            if scheme not in SCHEMES:
+            if not isinstance(scheme, str) or scheme not in SCHEMES:
                 raise unknown(f"scheme of {OWNER}", str(scheme), SCHEMES)
         return found
     if not -1 <= found.minimum_similarity <= 1:

@@ -43,7 +43,7 @@ def slice_model(
     model without smaller ones and a size that it has not.
     """
     out = Path(out)
-    budget = _budget(choice, max_parameters, max_latency, source, max_tokens)
+    budget = _budget(choice, max_parameters, max_latency, source, columns, max_tokens)
     found = models.find(path)
     config: Any = found.config
     if getattr(config, "matryoshka", None) is None:
@@ -78,6 +78,7 @@ def _budget(
     max_parameters: int | str | None,
     max_latency: float | None,
     source: str | None,
+    columns: Columns,
     max_tokens: int | None,
 ) -> Budget | None:
     """None where a size is chosen. Raises UserError for both, for neither, and for text that nothing is measured on."""
@@ -86,8 +87,10 @@ def _budget(
             raise UserError(
                 "give a size (--ffn, --width, --depth, --head) or a budget (--max-parameters, --max-latency)"
             )
-        if source is not None or max_tokens is not None:
-            raise UserError("--data and --max-tokens are for a budget (--max-parameters, --max-latency)")
+        if source is not None or max_tokens is not None or columns != ANYWHERE:
+            raise UserError(
+                "--data, --text-column, --split and --max-tokens are for a budget (--max-parameters, --max-latency)"
+            )
         return None
     if choice:
         raise UserError(f"a budget chooses the size, and {', '.join(choice)} is given as well; give one of them")
