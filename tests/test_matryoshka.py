@@ -307,6 +307,11 @@ def test_an_exit_is_the_least_squares_fit(everything, ids):
                 getattr(tried, which).add_(change)
                 errors.append((tried(x) - wanted).square().sum().item())
     assert min(errors) == errors[0] and errors[0] < min(errors[2:4])
+    states = torch.nn.functional.layer_norm(x, (D,)).double()
+    for number in range(D):
+        table = torch.stack([states[:, number], torch.ones(len(states), dtype=torch.float64)], 1)
+        best = torch.linalg.lstsq(table, wanted[:, number, None].double()).solution[:, 0]
+        assert (torch.stack([norm.weight[number], norm.bias[number]]) - best).abs().max() < 1e-3
 
 
 # ---------------------------------------------------------------- slices
