@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from . import gpt2, lora
+from . import lora
 from .group_loss import HierarchyLoss
 from .modeling.modeling_gpt2_compressed import empty_slice, sliced_model
 from .modeling.nesting import HEAD, HEAD_MAP, TOKENS, TRUNK, Size, sliced

@@ -1,4 +1,4 @@
-"""Changes of a GPT-2's attention that keep its function: its narrower sizes must not see them either; balanced heads."""
+"""Changes of a GPT-2's attention that keep its function, which narrower sizes must not see either; balanced heads."""
 
 from __future__ import annotations
 
