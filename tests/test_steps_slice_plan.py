@@ -48,7 +48,7 @@ def test_a_budget_of_parameters_buys_the_best_measured(recovered_run, text_file,
 
 
 def test_a_budget_of_time(recovered_run, tmp_path, session, monkeypatch):
-    """With a clock that runs by parameters."""
+    """With a clock by which a prompt takes as long for all, and each of 3 tokens by parameters."""
 
     whole = parameters(open_model(str(recovered_run)).model)
     result = dataclasses.make_dataclass("Result", ["value", "settings"])
@@ -56,14 +56,14 @@ def test_a_budget_of_time(recovered_run, tmp_path, session, monkeypatch):
     def measure(subjects, **settings):
         counts = [parameters(subject.model) for subject in subjects]
         assert counts[0] == whole  # which takes turns with the others
-        return [[result(count, {"new_tokens": 3, "models": 1}), result(0.0, {})] for count in counts]
+        return [[result(whole, {"new_tokens": 3, "models": 1}), result(count, {})] for count in counts]
 
     monkeypatch.setattr(slice_plan.latency, "measure", measure)
     out = tmp_path / "out"
     said = pipeline.slice_model(str(recovered_run), out, session, max_latency=0.7, max_tokens=200)
     for row in said["plan"]["candidates"]:
         if row["slice"] != "whole":
-            assert row["latency"] == pytest.approx(row["parameters"] / whole) and row["within"]
+            assert row["latency"] == pytest.approx((1 + 3 * row["parameters"] / whole) / 4) and row["within"]
             assert row["latency"] <= 0.7
     assert any("x" in row["slice"] for row in said["plan"]["candidates"])
     assert said["plan"]["latency_of"] == {"new_tokens": 3}
