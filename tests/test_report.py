@@ -9,6 +9,7 @@ from pathlib import Path
 import planted
 import pytest
 from conftest import largest_file, tree
+from test_report_hierarchy import told
 
 from compressor.artifacts import provenance, write_json
 from compressor.benchmark import Gap, Report
@@ -44,11 +45,12 @@ def test_everything_that_is_written_is_on_the_list_and_pictures_lie_beside_the_p
     few = Report(full.rows[:4] + full.rows[-1:], full.origin, full.metrics, full.references)
     other = planted.task("readability", 0.4, protocol="whole text")
     more = [other, *planted.latency(200, 12, prompt=512), *planted.extrapolation(20, {512: 1.1})]
+    more += planted.assisted({"ffn-64": (0.6, 3.5, 0.94)})
     rows = tuple(planted.row(row.name, [*row.results, *more], *row.gaps) for row in few.rows)
     write(
         tmp_path,
         Report(rows, few.origin, few.metrics, few.references),
-        [planted.story("merged_4", diagnoses=(planted.diagnosis(),))],
+        [planted.story("merged_4", diagnoses=(planted.diagnosis(),), hierarchies=told().hierarchies)],
     )
     assert names(tmp_path) == set(FILES)
     text = (tmp_path / "report.md").read_text()
