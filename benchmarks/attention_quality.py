@@ -17,11 +17,13 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from quality import Kept, quality_parser, show
 from texts import open_texts
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
@@ -78,21 +80,12 @@ def rows(block: int, width: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", default="demo", help="calibration, selection and training text")
-    parser.add_argument("--test", help="default: the test part of --data")
+    parser = quality_parser(__doc__)
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--distill", type=int, default=50, help="steps")
     parser.add_argument("--recover", action="store_true")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--context", type=int, help="in training and in the test, without overlap; default: all")
-    parser.add_argument("--test-tokens", type=int, default=65536)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
@@ -102,13 +95,7 @@ def main() -> None:
     calibration, selection = texts.blocks("calibration", 16384, context), texts.blocks("selection", 8192, context)
     training = texts.blocks("training", options.steps * options.batch_tokens, context)
     unaligned = alignment.identity(config)
-    done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
-
-    def keep(key: str, value: Any) -> Any:
-        done[key] = value
-        if options.state:
-            options.state.write_text(json.dumps(done))
-        return value
+    kept = Kept(options.state)
 
     def test(model: GPT2LMHeadModel) -> float:
         return texts.perplexity(model, context, options.test_tokens)
@@ -126,38 +113,38 @@ def main() -> None:
                 gpt2.put(far, "log_mass", torch.full_like(far.log_mass, row.log_mass))
         return model, rewrites
 
-    lines = []
+    def before(row: Row) -> dict[str, Any]:
+        model, _ = made(row, 0)
+        sizes = {"parameters": parameters(model), "cache": cache_bytes(model.config, context, 4)}
+        return {"value": test(model), **sizes}
+
+    def distilled(row: Row, steps: int) -> float:
+        return test(made(row, steps)[0])
+
+    def recovered(row: Row, steps: int) -> dict[str, Any]:
+        model, rewrites = made(row, steps)
+        result = finetune(
+            model, training, selection, rewrites=[] if row.log_mass is not None else rewrites, train="lora",
+            steps=options.steps, batch_tokens=options.batch_tokens, learning_rate=options.learning_rate,
+            seed=options.seed, rank=64, alpha=64.0,
+        )  # fmt: skip
+        return {"value": test(model), "best": result.best_step}
+
+    lines: list[Any] = []
     for row in tqdm(rows(options.block, config.n_embd // config.n_head), desc="rows"):
         told = None if row.record is None else from_record(row.record).resolved(config).record()
         key = json.dumps([told, row.log_mass, context, options.test_tokens])
         recipe = [options.distill, options.steps, options.batch_tokens, options.learning_rate, options.seed]
-        found = done.get(key)
-        if found is None:
-            model, _ = made(row, 0)
-            sizes = {"parameters": parameters(model), "cache": cache_bytes(model.config, context, 4)}
-            found = keep(key, {"value": test(model), **sizes})
         steps = options.distill if row.distilled else 0
-        distilled = recovered = None
+        line = [kept(key, partial(before, row)), None, None]
         if steps:
-            distilled = done.get(f"distilled {steps} {key}")
-            if distilled is None:
-                distilled = keep(f"distilled {steps} {key}", test(made(row, steps)[0]))
+            line[1] = kept(f"distilled {steps} {key}", partial(distilled, row, steps))
         if options.recover and row.recovered:
-            recovered = done.get(f"{recipe} {key}")
-            if recovered is None:
-                model, rewrites = made(row, steps)
-                result = finetune(
-                    model, training, selection, rewrites=[] if row.log_mass is not None else rewrites, train="lora",
-                    steps=options.steps, batch_tokens=options.batch_tokens, learning_rate=options.learning_rate,
-                    seed=options.seed, rank=64, alpha=64.0,
-                )  # fmt: skip
-                recovered = keep(f"{recipe} {key}", {"value": test(model), "best": result.best_step})
-        tqdm.write(f"{row.name}: {found['value']:.2f} {distilled} {recovered}", file=sys.stderr)
-        lines.append((row, found, distilled, recovered))
+            line[2] = kept(f"{recipe} {key}", partial(recovered, row, steps))
+        tqdm.write(f"{row.name}: {line}", file=sys.stderr)
+        lines.append((row, *line))
     text = table(lines, options, context)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    show(text, options.out)
 
 
 def table(lines: list[Any], options: argparse.Namespace, context: int) -> str:

@@ -16,10 +16,12 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
+from quality import Kept, quality_parser, show
 from texts import open_texts
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
@@ -40,24 +42,15 @@ VARIANTS = ("", "share=all", "stream=cluster")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", default="demo", help="calibration, selection and training text")
-    parser.add_argument("--test", help="default: the test part of --data")
+    parser = quality_parser(__doc__, steps=40, test_tokens=16384)
     parser.add_argument("--split", type=int, default=2)
     parser.add_argument("--levels", type=int, default=2)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--train", default="lora")
     parser.add_argument("--rank", type=int, default=64, help="of adapters")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--context", type=int, help="in training and in the test, without overlap; default: all")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--test-tokens", type=int, default=16384)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
@@ -110,22 +103,16 @@ def main() -> None:
         )  # fmt: skip
         return {**found, "after": measured(model), "seconds": result.seconds, "best": result.best_step}
 
-    done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+    kept = Kept(options.state)
     about = [options.split, options.levels, options.train, options.rank, options.steps, options.batch_tokens]
     about += [options.learning_rate, context, options.calibration_tokens, options.test_tokens, options.seed]
     lines = []
     for variant in tqdm([CONTROL, *options.variants], desc="rows"):
-        key = json.dumps([variant, *about])
-        if key not in done:
-            done[key] = row(variant)
-            if options.state:
-                options.state.write_text(json.dumps(done))
-        lines.append((variant, done[key]))
-        tqdm.write(f"{variant}: {told(done[key])}", file=sys.stderr)
+        found = kept(json.dumps([variant, *about]), partial(row, variant))
+        lines.append((variant, found))
+        tqdm.write(f"{variant}: {told(found)}", file=sys.stderr)
     text = table(lines, options, context)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    show(text, options.out)
 
 
 def level(found: dict[str, Any], number: int, which: str) -> str:

@@ -16,11 +16,13 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from quality import Kept, quality_parser, show
 from sklearn.cluster import DBSCAN
 from texts import Texts, open_texts
 from torch import Tensor
@@ -52,20 +54,11 @@ def variants(prefixes: int) -> dict[str, dict[str, Any] | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", default="demo", help="calibration, selection and training text")
-    parser.add_argument("--test", help="default: the test part of --data")
+    parser = quality_parser(__doc__, steps=20, batch_tokens=2048, test_tokens=16384)
     parser.add_argument("--head", nargs="+", type=float, default=[0.5, 0.25, 0.125])
     parser.add_argument("--variants", nargs="*", help="default: all; none given: the clusterings alone")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--test-tokens", type=int, default=16384)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
@@ -76,7 +69,7 @@ def main() -> None:
     calibration = texts.blocks("calibration", options.calibration_tokens, context)
     selection = texts.blocks("selection", 4096, context)
     training = texts.blocks("training", options.steps * options.batch_tokens, context)
-    done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+    kept = Kept(options.state)
     about = [vars(options)[name] for name in ("head", "steps", "batch_tokens", "learning_rate", "test_tokens", "seed")]
 
     def nested(groups: dict[str, Any] | None) -> tuple[Any, Any]:
@@ -106,19 +99,13 @@ def main() -> None:
     asked = list(every) if options.variants is None else options.variants
     wanted = {**wanted, **{name: (every[name], True) for name in asked}} if asked else {}
     for name, (groups, train) in tqdm(wanted.items(), desc="rows"):
-        key = json.dumps([name, *about])
-        if key not in done:
-            done[key] = measured(groups, train)
-            if options.state:
-                options.state.write_text(json.dumps(done))
-        tqdm.write(f"{name}: {done[key]}", file=sys.stderr)
-        rows.append((name, done[key]))
+        found = kept(json.dumps([name, *about]), partial(measured, groups, train))
+        tqdm.write(f"{name}: {found}", file=sys.stderr)
+        rows.append((name, found))
     embeddings = gpt2.embeddings(nested(None)[0]).detach()
     measures = [*table(rows, options, context), ""] if rows else []
     text = "\n".join([*measures, *clusterings(embeddings, scored, options.head)])
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    show(text, options.out)
 
 
 @torch.no_grad()

@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
+from quality import Kept, quality_parser, show
 from texts import open_texts
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -34,10 +36,7 @@ from compressor.rewrites.matryoshka import trained_sizes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", default="demo", help="calibration, selection and training text")
-    parser.add_argument("--test", help="default: the test part of --data")
+    parser = quality_parser(__doc__)
     for name in FULL:
         parser.add_argument(f"--{name}", type=float, nargs="*", default=[], metavar="SHARE")
     parser.add_argument("--train", nargs="+", default=["one"], choices=["joint", "sandwich", "one"])
@@ -45,14 +44,8 @@ def main() -> None:
     parser.add_argument("--teacher", action="store_true")
     parser.add_argument("--others", action="store_true", help="soft_shared and compressed_n too")
     parser.add_argument("--mode", default="lora", choices=["lora", "full"])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--test-tokens", type=int, default=65536)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
@@ -61,7 +54,7 @@ def main() -> None:
     calibration = texts.blocks("calibration", options.calibration_tokens, context)
     selection = texts.blocks("selection", 8192, context)
     aligned = alignment.align_activations(opened.model, calibration.batches())
-    done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+    kept = Kept(options.state)
     about = [options.steps, options.batch_tokens, options.learning_rate, options.mode, options.teacher,
              options.test_tokens, options.calibration_tokens, options.seed]  # fmt: skip
 
@@ -77,9 +70,11 @@ def main() -> None:
 
     def row(record: dict[str, Any] | None, times: int = 1) -> dict[str, Any]:
         """Perplexity of each size, or of the one model, before and after."""
-        key = json.dumps([record, times, *about])
-        if key in done:
-            return done[key]
+        found = kept(json.dumps([record, times, *about]), partial(measured, record, times))
+        tqdm.write(f"{record}: {found}", file=sys.stderr)
+        return found
+
+    def measured(record: dict[str, Any] | None, times: int) -> dict[str, Any]:
         model, rewrites = made(record)
         sizes = [*map(name_of, trained_sizes(model.config)[1:])] if is_nested(model) else []
         found = {"parameters": parameters(model), "before": tested(model, sizes)}
@@ -90,11 +85,7 @@ def main() -> None:
             seed=options.seed, rank=64, alpha=64.0,
             teacher=models.open_model(options.model).model if options.teacher and record is not None else None,
         )  # fmt: skip
-        done[key] = {**found, "after": tested(model, sizes), "best": result.best_step, "seconds": result.seconds}
-        if options.state:
-            options.state.write_text(json.dumps(done))
-        tqdm.write(f"{record}: {done[key]}", file=sys.stderr)
-        return done[key]
+        return {**found, "after": tested(model, sizes), "best": result.best_step, "seconds": result.seconds}
 
     def tested(model: Any, sizes: list[str]) -> dict[str, float]:
         return {"whole": test(model), **{name: test(model.slice(**choice_of(name))) for name in sizes}}
@@ -120,9 +111,7 @@ def main() -> None:
             others = {other: (record, row(record)) for other, record in records.items()}
         lines.append((name, alone, others))
     text = table(options, control, runs, lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    show(text, options.out)
 
 
 def is_nested(model: GPT2LMHeadModel) -> bool:

@@ -15,11 +15,13 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from quality import Kept, quality_parser, show
 from texts import open_texts
 from tqdm import tqdm
 
@@ -59,18 +61,9 @@ def rows() -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", required=True, help="calibration, selection and training text")
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser = quality_parser(__doc__)
     parser.add_argument("--context", type=int, default=256, help="in training and in the test, which has no overlap")
-    parser.add_argument("--test-tokens", type=int, default=65536)
     parser.add_argument("--selection-tokens", type=int, default=8192)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
@@ -80,9 +73,7 @@ def main() -> None:
     selection = texts.blocks("selection", options.selection_tokens, options.context)
     aligned = alignment.align_activations(opened.model, calibration.batches())
     unaligned = alignment.identity(opened.model.config)
-    done: dict[str, dict[str, Any]] = {}
-    if options.state and options.state.exists():
-        done = json.loads(options.state.read_text())
+    kept = Kept(options.state)
 
     def test(model: Any) -> float:
         return texts.perplexity(model, options.context, options.test_tokens)
@@ -90,28 +81,24 @@ def main() -> None:
     def key(row: Row) -> str:
         return json.dumps([*row, options.steps, options.batch_tokens, options.context, options.seed])
 
-    if "original" not in done:
-        done["original"] = {"after": test(opened.model), "parameters": parameters(opened.model)}
-    for row in tqdm(rows(), desc="recoveries"):
-        if key(row) in done:
-            continue
+    def as_is() -> dict[str, Any]:
+        return {"after": test(opened.model), "parameters": parameters(opened.model)}
+
+    def measured(row: Row) -> dict[str, Any]:
         record, use_aligned, (train, rate, *wide), distilled = row
         model, rewrites = models.open_model(options.model).model, []
         if record is not None:
             rewrites = [from_record(record).resolved(model.config)]
             model = apply(rewrites, model, aligned if use_aligned else unaligned, calibration=calibration)
         start = json.dumps(["before", record, use_aligned, options.context])
-        if record is None:
-            done[start] = {"after": done["original"]["after"]}
-        elif start not in done:
-            done[start] = {"after": test(model)}
+        before = original["after"] if record is None else kept(start, lambda: {"after": test(model)})["after"]
         result = finetune(
             model, training, selection, rewrites=rewrites, train=train, steps=options.steps,
             batch_tokens=options.batch_tokens, learning_rate=rate, teacher=opened.model if distilled else None,
             seed=options.seed, **dict(zip(("rank", "alpha"), wide, strict=False)),
         )  # fmt: skip
-        done[key(row)] = {
-            "before": done[start]["after"],
+        return {
+            "before": before,
             "after": test(model),
             "parameters": parameters(model),
             "trained": result.trainable,
@@ -119,13 +106,13 @@ def main() -> None:
             "selection": [math.exp(row.nll) for row in result.evaluations],
             "rate": result.tokens / result.training_seconds,
         }
-        tqdm.write(f"{row}: {done[start]['after']:.2f} -> {done[key(row)]['after']:.2f}", file=sys.stderr)
-        if options.state:
-            options.state.write_text(json.dumps(done))
-    text = table(done, key, options, opened.name, training, texts.parts)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+
+    original = kept("original", as_is)
+    for row in tqdm(rows(), desc="recoveries"):
+        found = kept(key(row), partial(measured, row))
+        tqdm.write(f"{row}: {found['before']:.2f} -> {found['after']:.2f}", file=sys.stderr)
+    text = table(kept.done, key, options, opened.name, training, texts.parts)
+    show(text, options.out)
 
 
 def table(done: dict[str, Any], key: Any, options: argparse.Namespace, name: str, training: Any, texts: Any) -> str:

@@ -12,10 +12,12 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
+from quality import Kept, show
 from tqdm import tqdm
 from transformers import GPT2Config
 
@@ -98,26 +100,21 @@ def main() -> None:
     size = parameters(opened.model)
     lines = [f"| original | | | {size:,} | {base:.2f} | 1.000 |"]
 
-    done: dict[str, str] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+    kept = Kept(options.state)
 
     def add(record: dict[str, Any], use_aligned: bool | None, note: str = "") -> None:
         key = json.dumps([record, use_aligned, options.max_tokens, options.context])
-        if key in done:
-            lines.append(done[key])
-            return
+        lines.append(kept(key, partial(line, record, use_aligned, note)))
+        tqdm.write(lines[-1], file=sys.stderr)
+
+    def line(record: dict[str, Any], use_aligned: bool | None, note: str) -> str:
         model = make(record, aligned if use_aligned is not False else unaligned)
         value = score(model, "test", options.max_tokens)
         if record["rewrite"] == "dropped_n":
             record = model.config.compression[0]  # with the layers that were chosen
         knobs = ", ".join(f"{key}={setting}" for key, setting in record.items() if key != "rewrite") + note
         word = {True: "yes", False: "no", None: "-"}[use_aligned]
-        lines.append(
-            f"| {record['rewrite']} | {knobs} | {word} | {non_zero(model):,} | {value:.2f} | {value / base:.3f} |"
-        )
-        tqdm.write(lines[-1], file=sys.stderr)
-        done[key] = lines[-1]
-        if options.state:
-            options.state.write_text(json.dumps(done))
+        return f"| {record['rewrite']} | {knobs} | {word} | {non_zero(model):,} | {value:.2f} | {value / base:.3f} |"
 
     chosen = [row for row in records(opened.model.config) if options.only is None or row[0]["rewrite"] in options.only]
     for record, use_aligned in tqdm(chosen, desc="rewrites"):
@@ -148,10 +145,7 @@ def main() -> None:
         "| rewrite | fields | aligned | parameters not 0 | perplexity | ratio |",
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
-    document = "\n".join([*head, *lines]) + "\n"
-    print(document)
-    if options.out:
-        options.out.write_text(document, encoding="utf-8")
+    show("\n".join([*head, *lines]), options.out)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
+from quality import Kept, quality_parser, show
 from texts import open_texts
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
@@ -36,23 +38,14 @@ ROWS = (*STAGES, f"kron{ALIBI}", f"identity{ALIBI}")  # the last is the source's
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", default="demo", help="calibration, selection and training text")
-    parser.add_argument("--test", help="default: the test part of --data")
+    parser = quality_parser(__doc__)
     parser.add_argument("--stages", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--distill", type=int, default=50, help="steps; 0: none")
     parser.add_argument("--recover", action="store_true")
     parser.add_argument("--teacher", action="store_true", help="recover towards the original's logits")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--context", type=int, help="in training and in the test, without overlap; default: all")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--test-tokens", type=int, default=65536)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
@@ -65,17 +58,12 @@ def main() -> None:
     )
     training = texts.blocks("training", options.steps * options.batch_tokens, context)
     unaligned = alignment.identity(config)
-    done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+    kept = Kept(options.state)
     about = [context, options.test_tokens, options.calibration_tokens, options.seed]
     recipe = [options.steps, options.batch_tokens, options.learning_rate, options.teacher]
 
-    def kept(what: list[Any], make: Any) -> Any:
-        key = json.dumps([*what, *about])
-        if key not in done:
-            done[key] = make()
-            if options.state:
-                options.state.write_text(json.dumps(done))
-        return done[key]
+    def key(*what: Any) -> str:
+        return json.dumps([*what, *about])
 
     def test(model: GPT2LMHeadModel) -> float:
         return texts.perplexity(model, context, options.test_tokens)
@@ -94,6 +82,9 @@ def main() -> None:
         model, _ = made(stage, 0)
         return {"value": test(model), "parameters": parameters(model), "flops": flops_per_token(model.config, context)}
 
+    def distilled(stage: str, steps: int) -> float:
+        return test(made(stage, steps)[0])
+
     def recovered(stage: str, steps: int) -> dict[str, Any]:
         model, rewrites = made(stage, steps)
         result = finetune(
@@ -107,17 +98,15 @@ def main() -> None:
     lines = []
     for stage in tqdm([CONTROL, *options.stages], desc="rows"):
         steps = 0 if stage in (CONTROL, "exact") else options.distill
-        line = [kept([stage], lambda stage=stage: before(stage)), None, None]
+        line = [kept(key(stage), partial(before, stage)), None, None]
         if steps:
-            line[1] = kept([stage, steps], lambda stage=stage, steps=steps: test(made(stage, steps)[0]))
+            line[1] = kept(key(stage, steps), partial(distilled, stage, steps))
         if options.recover:
-            line[2] = kept([stage, steps, recipe], lambda stage=stage, steps=steps: recovered(stage, steps))
+            line[2] = kept(key(stage, steps, recipe), partial(recovered, stage, steps))
         tqdm.write(f"{stage}: {line}", file=sys.stderr)
         lines.append((stage, *line))
     text = table(lines, options, context)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    show(text, options.out)
 
 
 def table(lines: list[Any], options: argparse.Namespace, context: int) -> str:

@@ -16,10 +16,12 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
+from quality import Kept, quality_parser, show
 from texts import open_texts
 from tqdm import tqdm
 from transformers import GPT2Config
@@ -68,20 +70,11 @@ def as_large(config: GPT2Config, wanted: int) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", default="demo", help="calibration, selection and training text")
-    parser.add_argument("--test", help="default: the test part of --data")
+    parser = quality_parser(__doc__)
     parser.add_argument("--targets", default="c_fc", help="with commas between")
     parser.add_argument("--recover", action="store_true")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of tversky rows; others 3e-3")
     parser.add_argument("--context", type=int, default=256, help="in training and in the test, which has no overlap")
-    parser.add_argument("--test-tokens", type=int, default=65536)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--state", type=Path, help="rows that are done are kept here; a killed run goes on")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     opened = models.open_model(options.model)
@@ -93,7 +86,7 @@ def main() -> None:
         texts.blocks("selection", 8192, options.context),
     )
     aligned = alignment.align_activations(opened.model, calibration.batches())
-    done: dict[str, Any] = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}
+    kept = Kept(options.state)
 
     def test(model: Any) -> float:
         return texts.perplexity(model, options.context, options.test_tokens)
@@ -101,35 +94,39 @@ def main() -> None:
     def key(row: Row, *more: Any) -> str:
         return json.dumps([row[2], options.context, options.test_tokens, *more])
 
-    original = done.setdefault("original", test(opened.model))
-    lines = []
+    def made(record: dict[str, Any] | None) -> tuple[Any, list[Any]]:
+        model = models.open_model(options.model).model
+        if record is None:
+            return model, []
+        rewrites = [from_record(record).resolved(config)]
+        return apply(rewrites, model, aligned, calibration=calibration), rewrites
+
+    def before(record: dict[str, Any] | None) -> dict[str, Any]:
+        model, _ = made(record)
+        return {"value": test(model), "parameters": parameters(model)}
+
+    def recovered(record: dict[str, Any] | None, train: Any, rate: float) -> dict[str, Any]:
+        model, rewrites = made(record)
+        result = finetune(
+            model, training, selection, rewrites=rewrites, train=train, steps=options.steps,
+            batch_tokens=options.batch_tokens, learning_rate=rate, seed=options.seed, rank=64, alpha=64.0,
+        )  # fmt: skip
+        return {"value": test(model), "best": result.best_step, "trained": result.trainable}
+
+    original = kept("original", partial(test, opened.model))
+    lines: list[Any] = []
     for row in tqdm(rows(config, targets), desc="rows"):
-        name, part, record, recovered = row
+        name, part, record, wanted = row
         train, rate = ("deltas", options.learning_rate) if record and record["rewrite"] == "tversky" else ("lora", 3e-3)
-        before, after = key(row), key(row, options.steps, options.batch_tokens, train, rate, options.seed)
-        wanted = options.recover and recovered
-        if before not in done or (wanted and after not in done):
-            model, rewrites = models.open_model(options.model).model, []
-            if record is not None:
-                rewrites = [from_record(record).resolved(config)]
-                model = apply(rewrites, model, aligned, calibration=calibration)
-            done[before] = {"value": test(model), "parameters": parameters(model)}
-            if wanted:
-                result = finetune(
-                    model, training, selection, rewrites=rewrites, train=train, steps=options.steps,
-                    batch_tokens=options.batch_tokens, learning_rate=rate, seed=options.seed, rank=64, alpha=64.0,
-                )  # fmt: skip
-                done[after] = {"value": test(model), "best": result.best_step, "trained": result.trainable}
-            if options.state:
-                options.state.write_text(json.dumps(done))
-        start, end = done[before], done.get(after) if wanted else None
+        after = key(row, options.steps, options.batch_tokens, train, rate, options.seed)
+        start, end = kept(key(row), partial(before, record)), None
+        if options.recover and wanted:
+            end = kept(after, partial(recovered, record, train, rate))
         tqdm.write(f"{name} {part}: {start['value']:.2f} {end and round(end['value'], 2)}", file=sys.stderr)
         lines.append((row, start, end))
     control = next((end["value"] for row, _, end in lines if row[2] is None and end), math.nan)
     text = table(lines, original, control, options)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    show(text, options.out)
 
 
 def table(lines: list[Any], original: float, control: float, options: argparse.Namespace) -> str:

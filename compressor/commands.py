@@ -184,7 +184,10 @@ def _rewrite(command: Command) -> None:
     )
     rewrite.add_argument("--run", required=True, metavar="DIR", type=folder, help="a run folder that `align` made")
     rewrite.add_argument(
-        "--rewrite", required=True, metavar="NAME", help="soft_shared, merged_n, compressed_n, dropped_n, pruned"
+        "--rewrite",
+        required=True,
+        metavar="NAME",
+        help="such as soft_shared, compressed_n or alibi: any of the README's table; a wrong one lists them",
     )
     rewrite.add_argument(
         "--start", type=int, metavar="S", help="first layer of the window (default: the search's, else the middle)"
@@ -233,8 +236,8 @@ def _run(command: Command) -> None:
 def _study(command: Command) -> None:
     study = command(
         "study",
-        "many models beside each other, with one report: code_n_all, soft_shared, whose interrupted runs go on; "
-        "attention, which measures attentions; tversky_scaling, which counts",
+        "many models beside each other, with one report: code_n_all, soft_shared, extrapolation, matryoshka, whose "
+        "interrupted runs go on; attention, which measures attentions; tversky_scaling, which counts",
         "study code_n_all",
         "study code_n_all model=gpt2 data=wikitext finetune.steps=500 --run runs/gpt2",
         "study soft_shared model=./my-gpt2 data=my.txt",

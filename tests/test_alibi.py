@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from toy import toy_blocks, toy_gpt2
+from toy import logits, toy_blocks, toy_gpt2
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from compressor import gpt2, models
@@ -37,11 +37,6 @@ def endless(original):
 
 def some_ids(rows=2, tokens=LONG, seed=3):
     return torch.randint(1, 97, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model, ids, **arguments):
-    with torch.no_grad():
-        return model(ids, **arguments).logits
 
 
 def reference(original, ids, share, slopes, first=(0.0, 0.0, 0.0, 0.0)):

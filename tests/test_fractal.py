@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from toy import toy_alignment, toy_blocks, toy_gpt2
+from toy import logits, toy_alignment, toy_blocks, toy_gpt2
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from compressor.checkpoint_config import check_config
@@ -53,11 +53,6 @@ def moved(model, seed=0):
             if ".parts." in key:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def logits(model, ids, **more):
-    with torch.no_grad():
-        return model(ids, **more).logits
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from toy import toy_alignment, toy_blocks, toy_gpt2
+from toy import logits, toy_alignment, toy_blocks, toy_gpt2
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from compressor.errors import UserError
@@ -52,11 +52,6 @@ def nested(record, original=None, **changes):
         original,
         apply([rewrite], original, toy_alignment(original), calibration=toy_blocks(original.config)),
     )
-
-
-def logits(model, ids, **more):
-    with torch.no_grad():
-        return model(ids, **more).logits
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_matryoshka import logits, nested
-from toy import toy_blocks, toy_gpt2
+from test_matryoshka import nested
+from toy import logits, toy_blocks, toy_gpt2
 
 D, HEADS = 32, 4
 NARROW = {"ffn": None, "width": [16, 8]}

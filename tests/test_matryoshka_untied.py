@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from test_matryoshka import EVERYTHING, PARTS, logits, nested
-from toy import toy_gpt2
+from test_matryoshka import EVERYTHING, PARTS, nested
+from toy import logits, toy_gpt2
 
 from compressor.metrics.size import parameters
 from compressor.nested_training import NestedObjective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -159,7 +160,7 @@ def test_every_study_can_be_run_on_the_demo(name):
     members = study.of(study.recipe)
     recipes = {
         member.name: recipe.from_plain(
-            recipe.overridden({**study.recipe, "rewrites": [dict(member.rewrite)]}, member.changes)
+            recipe.overridden({**copy.deepcopy(dict(study.recipe)), "rewrites": [dict(member.rewrite)]}, member.changes)
         )
         for member in members
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
@@ -53,3 +55,8 @@ def toy_blocks(config: GPT2Config, rows: int = 24, seed: int = 1) -> TokenBlocks
 
 def toy_alignment(model: GPT2LMHeadModel) -> Alignments:
     return align_activations(model, toy_blocks(model.config).batches())
+
+
+def logits(model: GPT2LMHeadModel, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, **more).logits
