@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from . import gpt2, lora
+from .errors import UserError
 from .modeling.fractal import OWN, TRUNK, Part, parted
 from .modeling.modeling_gpt2_compressed import empty_part, parted_model
 from .rewrites import Rewrite
@@ -43,11 +44,17 @@ def stream_rows(
     model: GPT2LMHeadModel, divided: Divided, blocks: TokenBlocks, evaluation: TokenBlocks | None, *, seed: int
 ) -> tuple[StreamRows, StreamRows | None]:
     """Training and selection rows in streams. Streams of rows are the places in the order of the first epoch, one after
-    the other in turns; of other text there are none then. Clusters are of other text too."""
+    the other in turns; of other text there are none then. Clusters are of other text too. Raises UserError for fewer
+    blocks than streams."""
     count = model.config.fractal["split"] ** model.config.fractal["levels"]
     judged = None if evaluation is None else StreamRows(evaluation)
     if divided.share == "all":
         return StreamRows(blocks), judged
+    if len(blocks.ids) < count:
+        raise UserError(
+            f"fractal: {count} parts which train on text of their own need as many blocks; the {blocks.part} part "
+            f"of {blocks.source} gives {len(blocks.ids)}; give more text or steps, or share=all"
+        )
     if divided.stream == "rows":
         order = torch.tensor(batch_rows(len(blocks.ids), len(blocks.ids), 0, seed))
         stream = torch.empty_like(order)

@@ -339,6 +339,16 @@ def test_streams_of_rows_are_equal_in_each_step_and_the_same_in_every_epoch():
             assert torch.equal(halves, (own == 2 * place) | (own == 2 * place + 1))
 
 
+@pytest.mark.parametrize("stream", ["rows", "cluster"])
+def test_fewer_blocks_of_text_than_parts_is_said(stream):
+    rewrite, original, model = divided({"stream": stream})
+    blocks = toy_blocks(original.config, rows=3)
+    with pytest.raises(UserError, match=r"4 parts .* need as many blocks; the calibration part of .* gives 3; "):
+        finetune(model, blocks, None, rewrites=[rewrite], train="full", steps=1, batch_tokens=64)
+    rewrite, _, model = divided({"stream": stream, "share": "all"}, original)
+    assert finetune(model, blocks, None, rewrites=[rewrite], train="full", steps=1, batch_tokens=64).best_step >= 0
+
+
 def test_streams_of_clusters_are_texts_that_are_alike():
     """Planted: rows of tokens of four sorts, whose embeddings lie apart; in other text the same sorts are found."""
     from compressor.fractal_training import stream_rows
