@@ -178,6 +178,9 @@ def test_on_the_way(original, share, kind):
             block.attn.alibi.first.copy_(torch.tensor(first))
     wanted = reference(original, ids, share, geometric_slopes(4), first)
     assert (logits(model, ids) - wanted).abs().max() <= 1e-5
+    with torch.no_grad():  # one token behind a cache has its bias by another way
+        cache = model(ids[:, :50], use_cache=True).past_key_values
+        assert (model(ids[:, 50:51], past_key_values=cache).logits[:, 0] - wanted[:, 50]).abs().max() <= 1e-5
 
 
 def test_dropping_positions_changes_no_probability(original):
@@ -341,6 +344,7 @@ def test_a_recovery_ends_without_learned_positions(original):
     assert result.best_step == 6  # what came before was another model
     assert "transformer.wpe.weight" not in model.state_dict() and gpt2.longest(model.config) is None
     assert not torch.equal(model.transformer.h[0].attn.alibi.log_slopes, before)
+    assert model.config.alibi == {"slopes": "learned", "learned_positions": False, "first": True}
     assert logits(model, some_ids()).shape == (2, LONG, 97)
     check_config("it", model.config)
 
@@ -436,3 +440,18 @@ def test_beside_other_rewrites(original, alignment):
     slopes = fitted_slopes(original, toy_blocks(original.config, rows=4).batches(), [4])[4]
     assert torch.allclose(gpt2.attention(model, 4).alibi.slopes(1.0), slopes.clamp_min(8 / 64), rtol=1e-4)
     assert dataclasses.asdict(rewrites[2]) == {"slopes": "fitted", "least": 8.0, "anneal": 0}
+
+
+def test_slopes_go_with_their_layers(original, alignment):
+    """Beside a rewrite that removes some: each layer that is left has those of its own attention."""
+    rewrites = [
+        from_record({"rewrite": "dropped_n", "layers": [1, 4]}).resolved(original.config),
+        from_record({"rewrite": "alibi", "slopes": "fitted", "anneal": 0, "least": 1e-3}),
+    ]
+    blocks = toy_blocks(original.config, rows=4)
+    model = apply(rewrites, original, alignment, calibration=blocks)
+    wanted = fitted_slopes(original, blocks.batches(), [0, 2, 3, 5])
+    found = [gpt2.attention(model, layer).alibi.slopes(1.0) for layer in range(4)]
+    for own, slopes in zip(found, wanted.values(), strict=True):
+        assert torch.allclose(own, slopes.clamp_min(1e-3 / 64), rtol=1e-4)
+    assert len({tuple(own.tolist()) for own in found}) == 4

@@ -233,6 +233,13 @@ def test_mixing_heads_is_the_explicit_kronecker_product():
     assert (mixing(x) - (x @ explicit.T + mixing.bias)).abs().max() < 1e-5
 
 
+def test_every_token_counts_by_its_own_size():
+    """A hundred times longer, the first is no more than the others: (1/4 + 1 + 4) / 3."""
+    wanted = torch.tensor([[0.0, 200.0], [3.0, 4.0], [1.0, 0.0]])
+    found = wanted + torch.tensor([[100.0, 0.0], [4.0, -3.0], [0.0, 2.0]])
+    assert float(relative_error(found, wanted)) == pytest.approx(1.75)
+
+
 def block_errors(original, model, text):
     """After every block, with the model's own blocks before."""
     return [
