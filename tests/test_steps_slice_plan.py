@@ -43,6 +43,12 @@ def test_a_budget_of_parameters_buys_the_best_measured(recovered_run, text_file,
     assert not rows["whole"]["within"] and rows["whole"]["latency"] is None
     (taken,) = [row for row in rows.values() if row["picked"]]
     assert taken["perplexity"] == min(row["perplexity"] for row in rows.values() if row["within"])
+    costs = {name: (row["perplexity"], row["parameters"]) for name, row in rows.items()}
+    for name, (loss, count) in costs.items():
+        beaten = any(a <= loss and b <= count and (a, b) != (loss, count) for a, b in costs.values())
+        assert rows[name]["front"] is not beaten
+    counts = [row["parameters"] for row in plan["candidates"]]
+    assert counts == sorted(counts, reverse=True) and {row["front"] for row in rows.values()} == {True, False}
     assert said["slice"] == taken["slice"] and said["parameters"] == taken["parameters"] <= most
     assert body(tmp_path / "out")["provenance"]["data"]["selection"]["fingerprint"] == text.fingerprint
 
@@ -73,6 +79,27 @@ def test_a_budget_of_time(recovered_run, tmp_path, session, monkeypatch):
         str(recovered_run), out, forced(session), max_latency=0.7, max_parameters=int(0.5 * whole), max_tokens=200
     )
     assert both["parameters"] <= 0.5 * whole
+
+
+def test_a_mix_that_is_slower_than_its_layers_say_leaves_the_one_with_a_layer_less(
+    recovered_run, tmp_path, session, monkeypatch
+):
+    """The budget is what three layers of each would take, and mixes take a little more."""
+    model = open_model(str(recovered_run)).model
+    result = dataclasses.make_dataclass("Result", ["value", "settings"])
+
+    def measure(subjects, **settings):
+        found = []
+        for own in (subject.model for subject in subjects):
+            nest = getattr(own.config, "matryoshka", None)
+            found.append(parameters(own) + 1000 * bool(nest and nest["ffn_of_layers"]))
+        return [[result(0, {"new_tokens": 1}), result(time, {})] for time in found]
+
+    monkeypatch.setattr(slice_plan.latency, "measure", measure)
+    most = parameters(model.slice(ffn=[128] * 3 + [64] * 3)) / parameters(model)
+    said = pipeline.slice_model(str(recovered_run), tmp_path / "out", session, max_latency=most, max_tokens=200)
+    mixed = {row["slice"] for row in said["plan"]["candidates"] if "128x" in row["slice"] and "64x" in row["slice"]}
+    assert mixed == {"ffn-128x2-64x4", "ffn-64x4-128x2"}
 
 
 def test_it_is_not_chosen_on_what_it_was_trained_on(recovered_run, text_file, tmp_path, session):
