@@ -466,7 +466,7 @@ DISTRIBUTED = {
 }
 MODELS_IN_ONE: dict[str, Rewrite] = {
     "nested": Matryoshka(ffn=[0.5, 0.25], depth=[3], head=[16], train="sandwich", inner=0.5),
-    "divided": Fractal(inner=0.5),
+    "divided": Fractal(inner=0.5, stream="cluster"),
 }
 
 

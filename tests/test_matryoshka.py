@@ -22,7 +22,7 @@ from compressor.modeling.nesting import FULL, full_size, narrowed, reflected, si
 from compressor.models import build
 from compressor.rewrites import from_record, nested_bases
 from compressor.rewrites.compose import apply, structure
-from compressor.rewrites.matryoshka import Matryoshka, trained_sizes
+from compressor.rewrites.matryoshka import Matryoshka, chosen_by, trained_sizes
 from compressor.rewrites.matryoshka_fit import neuron_activations, neuron_importance, stream_moments, width_gains
 
 D, FF, LAYERS, HEADS = 32, 128, 6, 4
@@ -309,6 +309,35 @@ def test_an_exit_is_the_least_squares_fit(everything, ids):
         assert (torch.stack([norm.weight[number], norm.bias[number]]) - best).abs().max() < 1e-3
 
 
+def test_exits_of_narrower_sizes_give_the_head_what_the_whole_one_gets():
+    """Number by number the least-squares fit to what the whole model's head meets: its first coordinates in a narrower
+    size, all of its last LayerNorm's output in a shorter one."""
+    _, original, model = nested({"ffn": None, "width": [16], "depth": [3]})
+    states: dict[int, list] = {3: [], 6: []}
+    met, ends = [], []
+    for rows, mask in toy_blocks(original.config).batches():
+        with torch.no_grad():
+            hooks = [
+                model.transformer.h[3].register_forward_pre_hook(lambda m, x: states[3].append(x[0])),
+                model.transformer.ln_f.register_forward_pre_hook(lambda m, x: states[6].append(x[0])),
+                model.transformer.ln_f.register_forward_hook(lambda m, x, y: ends.append(y)),
+                model.head_map.register_forward_hook(lambda m, x, y: met.append(y)),
+            ]
+            model(rows)
+            for hook in hooks:
+                hook.remove()
+        for own in (*states.values(), met, ends):
+            own[-1] = own[-1][mask].double()
+    coordinates = to_plain(torch.cat(met)[:, :15])
+    for depth, width, wanted in ((6, 16, coordinates), (3, 16, coordinates), (3, 32, torch.cat(ends))):
+        norm = model.transformer.nesting.exits[f"{depth}_{width}"]
+        x = torch.nn.functional.layer_norm(narrowed(torch.cat(states[depth]), width), (width,))
+        for number in range(width):
+            table = torch.stack([x[:, number], torch.ones(len(x), dtype=torch.float64)], 1)
+            best = torch.linalg.lstsq(table, wanted[:, number, None]).solution[:, 0]
+            assert (torch.stack([norm.weight[number], norm.bias[number]]) - best).abs().max() < 1e-3
+
+
 # ---------------------------------------------------------------- slices
 
 SIZES = [
@@ -552,6 +581,29 @@ def test_the_sandwich_takes_three_and_follows_from_the_seed(everything):
     smallest = size_of(model.config, width=16)
     assert all(len(own) == 3 and own[0] == sizes[0] and smallest in own for own in first)
     assert set().union(*first) == set(sizes)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"ffn": None, "head": [24, 16, 8, 4]},
+        {"ffn": [0.5, 0.25], "depth": [4, 2]},
+        {"ffn": [0.5, 0.125], "depth": [5, 4]},
+        {"ffn": [0.5, 0.125], "width": [24], "depth": [5]},
+    ],
+    ids=str,
+)
+def test_the_smallest_of_the_sandwich_is_that_of_the_fewest_operations(record):
+    from compressor.nested_training import NestedObjective
+
+    rewrite, _, model = nested({**record, "train": "sandwich"})
+    objective = NestedObjective(model, None, 0.0, (), None, nest=rewrite.nest(model), seed=0)
+    whole, *smaller = trained_sizes(model.config)
+    work = {size: flops_per_token(model.slice(**chosen_by(size, D))) for size in smaller}
+    assert len(set(work.values())) == len(work) > 2
+    for step in range(9):
+        objective.begin_step(step)
+        assert objective.sizes[0] == whole and min(work, key=work.get) in objective.sizes
 
 
 def test_an_interrupted_recovery_goes_on_as_if_nothing_had_been(tmp_path):
