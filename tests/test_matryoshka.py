@@ -509,6 +509,33 @@ def test_gradients_of_a_step_are_those_of_its_models(everything, ids):
     assert all("exits" in key for key in idle), idle
 
 
+@pytest.mark.parametrize(("mix", "inner"), [(None, 0.25), (0.25, 0.0), (0.25, 0.75)])
+def test_whom_a_size_that_is_taken_alone_learns_from(mix, inner, ids):
+    """From the teacher with `mix` where there is one, whatever `inner` is; else from the whole size with `inner`, which
+    no gradient reaches by that way."""
+    from compressor.nested_training import NestedObjective
+
+    rewrite, _, model = nested({"ffn": [0.5], "train": "one", "inner": inner})
+    teacher = None if mix is None else toy_gpt2(seed=9)
+    taught = logits(model if teacher is None else teacher, ids)[:, :-1].double().log_softmax(-1)
+    objective = NestedObjective(model, teacher, mix or 0.0, (), None, nest=rewrite.nest(model), seed=0)
+    whole, small = rewrite.nest(model).sizes
+    for size in (small, whole):
+        objective.sizes = (size,)
+        loss, sums, _ = objective(ids, None, False)
+        cut = model if size == whole else model.slice(ffn=0.5)
+        predicted = logits(cut, ids)[:, :-1].double().log_softmax(-1)
+        nll = -predicted.gather(-1, ids[:, 1:, None]).sum().item()
+        divergence = (taught.exp() * (taught - predicted)).sum().item()
+        share = mix if teacher is not None else 0.0 if size == whole else inner
+        assert loss.item() == pytest.approx((1 - share) * nll + share * divergence, rel=1e-5)
+        assert sums.tolist() == pytest.approx([nll, divergence if share else 0.0], rel=1e-4)
+        model.zero_grad()
+        loss.backward()
+        rest = model.transformer.h[0].mlp.c_proj.weight.grad[FF // 2 :]
+        assert bool(rest.any()) == (size == whole)
+
+
 def test_with_teacher_the_whole_size_learns_from_it(ids):
     rewrite, original, model = nested({"ffn": [0.5]})
     with torch.no_grad():
