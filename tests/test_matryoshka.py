@@ -492,19 +492,28 @@ def test_gradients_of_a_step_are_those_of_its_models(everything, ids):
     nest = rewrite.nest(model)
     assert nest.sizes[0] == full_size(model.config) and len(nest.sizes) == 1 + 2 + 2 + 2 + 2
     loss, sums, _ = NestedObjective(model, None, 0.0, (), None, nest=nest, seed=0)(ids, None, False)
-    count = ids[:, 1:].numel()
-    expected, whole = 0.0, logits(model, ids)[:, :-1].double().log_softmax(-1)
-    for index, size in enumerate(nest.sizes):
-        head = {} if size.width < D else {"head": size.head}
-        cut = model.slice(ffn=list(size.ffn), width=size.width, depth=size.depth, **head)
-        predicted = logits(cut, ids)[:, :-1].double().log_softmax(-1)
-        nll = -predicted.gather(-1, ids[:, 1:, None]).sum()
-        divergence = (whole.exp() * (whole - predicted)).sum()
-        expected += nll if index == 0 else 0.5 * nll + 0.5 * divergence
-    assert loss.item() == pytest.approx(expected.item() / len(nest.sizes), rel=1e-5)
-    assert sums[0] / count < 10
     loss.backward()
-    idle = [key for key, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    count = ids[:, 1:].numel()
+    expected, whole = 0.0, model(ids).logits[:, :-1].log_softmax(-1)
+    taught = whole.detach()
+    for index, size in enumerate(nest.sizes):
+        cut = model.slice(**chosen_by(size, D))
+        tensors = sliced(dict(model.named_parameters()), model.config, size)
+        predicted = torch.func.functional_call(cut, tensors, (ids,), tie_weights=True).logits[:, :-1].log_softmax(-1)
+        predicted = whole if index == 0 else predicted
+        nll = -predicted.gather(-1, ids[:, 1:, None]).sum()
+        divergence = (taught.exp() * (taught - predicted)).sum()
+        expected = expected + (nll if index == 0 else 0.5 * nll + 0.5 * divergence)
+    expected = expected / len(nest.sizes)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert sums[0] / count < 10
+    expected.backward()
+    for key, parameter in model.named_parameters():
+        wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert (found.get(key, torch.zeros(())) - wanted).abs().max() <= 1e-4 * (1 + wanted.abs().max()), key
+    idle = [key for key, p in model.named_parameters() if key not in found or found[key].abs().sum() == 0]
     # nobody takes a width together with a smaller depth, nor the neurons of the widest narrow model apart
     assert all("exits" in key for key in idle), idle
 
