@@ -369,6 +369,18 @@ def test_streams_of_clusters_are_texts_that_are_alike():
     assert torch.equal(judged.stream, training.stream[order])
 
 
+def test_pads_are_of_no_text(made):
+    """What a row is alike to is the mean of its own tokens."""
+    from compressor.fractal_training import mean_embeddings
+
+    model, blocks = made[2], toy_blocks(made[1].config, rows=5)
+    mask = torch.arange(64) < torch.tensor([64, 1, 40, 63, 20])[:, None]
+    blocks = dataclasses.replace(blocks, ids=blocks.ids.masked_fill(~mask, 7), mask=mask)
+    table = model.transformer.wte.weight.detach().double()
+    for row, found in enumerate(mean_embeddings(model, blocks)):
+        assert (found - table[blocks.ids[row, : int(mask[row].sum())]].mean(0)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize(
     ("record", "train"), [({}, "full"), ({"stream": "cluster", "inner": 0.5}, "lora"), ({"share": "all"}, "lora")]
 )
