@@ -119,6 +119,7 @@ def test_what_must_stay_0_is_0_in_training_as_in_the_merge():
     gradient = adapter.low_rank_b.grad
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(adapter(x[None])[0], x @ (before + change.masked_fill(zero, 0)) + adapter.bias)
+    torch.testing.assert_close(adapter.effective().detach(), before + change.masked_fill(zero, 0))
     lora.merge(model)
     merged = model.transformer.h[1].mlp.c_fc.weight
     assert torch.equal(merged == 0, zero)
