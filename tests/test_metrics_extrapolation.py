@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_config, make_model
@@ -111,6 +112,23 @@ def test_the_ratio_has_the_error_of_what_differs_on_the_same_tokens(found):
     alone = {key: item.spread["standard_error"] / item.value for key, item in own.items()}
     for key, item in own.items():  # of two texts it would be the root of both squares
         assert item.spread["ratio_error"] < 0.9 * math.hypot(alone[key], alone["sliding", 16])
+
+
+def test_the_error_of_the_ratio_is_of_the_pairs_in_blocks_of_the_longer_window(found, alibi, tiny_tokenizer, text):
+    """ratio = e^(mean of what differs); its error is that times the error of the mean, from sums over blocks."""
+    ids = tiny_tokenizer.encode(text.joined)[:300]
+    for kind, strides in (("sliding", (8, 4, 32)), ("non-overlapping", (16, 8, 64))):
+        trained, *others = (
+            [nll for _, (_, nll) in sorted(losses(alibi, ids, context, stride).items())]
+            for context, stride in zip((16, 8, 64), strides, strict=True)
+        )
+        for context, own in zip((8, 64), others, strict=True):
+            apart = np.array(own) - np.array(trained)
+            blocks = [apart[start : start + max(context, 16)] for start in range(0, 299, max(context, 16))]
+            residuals = [block.sum() - len(block) * apart.mean() for block in blocks]
+            error = math.sqrt(len(blocks) / (len(blocks) - 1) * np.square(residuals).sum()) / 299
+            wanted = math.exp(apart.mean()) * error
+            assert lengths(found)[kind, context].spread["ratio_error"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_settings_change_what_they_name(alibi, tiny_tokenizer, text):
