@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from scripted import subject
@@ -151,6 +152,24 @@ def test_time_is_that_of_both_in_turns_and_its_ratio(shallow):
         assert speed.spread["least"] == speed.spread["most"] == pytest.approx(speed.value) and speed.count == 2
         assert speed.settings["plain_ms_per_token"] == 1000
         assert speed.settings["assisted_ms_per_token"] == pytest.approx(1000 / speed.value)
+
+
+def test_speed_ups_are_medians_of_ratios_within_repeats():
+    """Seconds by a planted clock: of plain text and two drafts in three repeats, every other one in reverse order."""
+    model = nested({"ffn": [0.5], "depth": [2]}, n_layer=4)[2]
+    seconds = np.array([[8.0, 6.0, 9.0], [4.0, 5.0, 2.0], [16.0, 2.0, 3.0]])
+    order = [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (0, 1), (0, 2), (1, 2), (2, 2)]
+    moments = itertools.chain.from_iterable((0.0, seconds[place]) for place in order)
+    given = {**QUICK, "repeats": 3, "clock": lambda: next(moments)}
+    found = figures(measure(subject(model, toy_tokenizer()), TEXT, **given))
+    for own, of_draft in zip(found.values(), seconds[1:], strict=True):
+        ratios, speed = seconds[0] / of_draft, own["assisted_speed_up"]
+        assert speed.value == np.median(ratios) and speed.count == 3
+        wanted = {"least": ratios.min(), "most": ratios.max(), "iqr": (sorted(ratios)[2] - sorted(ratios)[0]) / 2}
+        assert {key: speed.spread[key] for key in wanted} == pytest.approx(wanted)
+        assert speed.settings["plain_ms_per_token"] == pytest.approx(1000 * 8 / (2 * NEW))
+        assert speed.settings["assisted_ms_per_token"] == pytest.approx(1000 * np.median(of_draft) / (2 * NEW))
+    assert list(found) == ["ffn-64", "depth-2"]
 
 
 def test_the_end_of_text_does_not_end_it(shallow):

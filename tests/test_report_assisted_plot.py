@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from planted import assisted, report, row, size
 
@@ -26,6 +28,17 @@ def test_bars_are_as_long_as_the_figures():
     ends = [segment[:, 0].tolist() for segment in panels[2].collections[0].get_segments()]
     assert ends == [pytest.approx([1.26, 1.36])]
     assert all(any(list(line.get_xdata()) == [1, 1] for line in axes.lines) for axes in panels[1:])
+
+
+def test_whiskers_reach_from_the_least_to_the_most():
+    one = {"ffn-64": (0.8, 4.25, 1.31)}
+    results = [
+        dataclasses.replace(item, spread={**item.spread, "least": 1.2, "most": 2.5}) if item.spread else item
+        for item in assisted(one)
+    ]
+    panel = drawn(report(row("a: recovered", results))).axes[2]
+    ends = [segment[:, 0].tolist() for segment in panel.collections[0].get_segments()]
+    assert ends == [pytest.approx([1.2, 2.5])] and panel.get_xlim()[1] > 2.5
 
 
 def test_drafts_of_several_models_have_their_names():
