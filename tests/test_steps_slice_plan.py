@@ -53,6 +53,15 @@ def test_a_budget_of_parameters_buys_the_best_measured(recovered_run, text_file,
     assert body(tmp_path / "out")["provenance"]["data"]["selection"]["fingerprint"] == text.fingerprint
 
 
+def test_below_all_that_were_trained_there_are_smaller_ones(recovered_run, tmp_path, session):
+    whole = open_model(str(recovered_run)).model
+    sizes = slicing.sizes(whole.config, slicing.ALL)
+    least = min(parameters(slicing.cut(whole, size)) for size in sizes.values())
+    said = pipeline.slice_model(str(recovered_run), tmp_path / "out", session, max_parameters=least - 1, max_tokens=200)
+    assert said["slice"] not in sizes and said["parameters"] == parameters(open_model(str(tmp_path / "out")).model)
+    assert said["parameters"] < least
+
+
 def test_a_budget_of_time(recovered_run, tmp_path, session, monkeypatch):
     """With a clock by which a prompt takes as long for all, and each of 3 tokens by parameters."""
 
