@@ -15,6 +15,7 @@ from toy import logits, toy_alignment, toy_blocks, toy_gpt2
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from compressor.checkpoint_config import check_config
+from compressor.correlation import SecondMoments
 from compressor.errors import UserError
 from compressor.finetune import finetune
 from compressor.lora import attach, effective_tensors, merge
@@ -24,7 +25,7 @@ from compressor.metrics.size import parameters
 from compressor.modeling import GPT2CompressedLMHeadModel
 from compressor.modeling.fractal import Part, parted, parts_of_levels
 from compressor.models import build
-from compressor.rewrites import from_record
+from compressor.rewrites import fractal_fit, from_record, nested_bases
 from compressor.rewrites.compose import apply, structure
 
 D, FF, LAYERS, HEADS, WIDTH = 32, 128, 6, 4, 8
@@ -379,6 +380,65 @@ def test_pads_are_of_no_text(made):
     table = model.transformer.wte.weight.detach().double()
     for row, found in enumerate(mean_embeddings(model, blocks)):
         assert (found - table[blocks.ids[row, : int(mask[row].sum())]].mean(0)).abs().max() < 1e-12
+
+
+def test_parts_are_judged_on_their_own_rows_as_if_they_were_all(made):
+    """Rows of uneven streams and lengths; the last part has none, and is judged on all. Two processes have a share."""
+    from compressor.fractal_training import DividedObjective, StreamRows
+
+    rewrite, original, model = made
+    blocks = toy_blocks(original.config, rows=6)
+    rows = StreamRows(blocks, torch.tensor([0, 0, 1, 0, 2, 2]))
+    rows_of = {(1, 0): [0, 1, 2, 3], (1, 1): [4, 5], (2, 0): [0, 1, 3], (2, 1): [2], (2, 2): [4, 5], (2, 3): range(6)}
+
+    def mean_nll(one, kept):
+        ids, mask = blocks.ids[list(kept)], blocks.mask[list(kept)][:, 1:]
+        chances = logits(one, ids)[:, :-1].double().log_softmax(-1)
+        return -chances.gather(-1, ids[:, 1:, None])[..., 0][mask].mean().item()
+
+    wanted = mean_nll(model, range(6)) + sum(mean_nll(model.part(*part), kept) for part, kept in rows_of.items())
+    objective = DividedObjective(model, None, 0.0, (), None, divided=rewrite.nest(model))
+    found = sum(objective.selection_nll(rows, share) for share in (range(0, 6, 2), range(1, 6, 2)))
+    assert found / int(blocks.mask[:, 1:].sum()) == pytest.approx(wanted / 7, rel=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_alike_does_not_depend_on_how_it_is_written():
+    """A head's own basis and size, where LayerNorm's gain stands and how long a neuron's column is: of no effect."""
+    original = toy_gpt2()
+    other, draw = copy.deepcopy(original), torch.Generator().manual_seed(0)
+    for block in other.transformer.h:
+        gain = 0.5 + torch.rand(D, generator=draw)
+        block.ln_2.weight.mul_(gain)
+        block.mlp.c_fc.weight.div_(gain[:, None]).mul_(0.5 + torch.rand(FF, generator=draw))
+        for head in range(HEADS):
+            rows = slice(head * WIDTH, (head + 1) * WIDTH)
+            basis = torch.eye(WIDTH) + 0.3 * torch.randn(WIDTH, WIDTH, generator=draw)
+            values = block.attn.c_attn.weight[:, 2 * D :][:, rows]
+            values.copy_(values @ basis)
+            block.attn.c_proj.weight[rows] = (1 + head) * torch.linalg.solve(basis, block.attn.c_proj.weight[rows])
+    one, two = (nested_bases.parts_of(model) for model in (original, other))
+    for features in (fractal_fit.head_features, fractal_fit.neuron_features):
+        for layer in range(LAYERS):
+            found, wanted = features(two, layer), features(one, layer)
+            assert (found - wanted).abs().max() < 1e-4 and (found.norm(dim=1) - 1).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_what_an_input_of_a_linear_is_worth(made):
+    """The mean squared length of what a neuron adds, about its mean, on real tokens."""
+    original = made[1]
+    blocks, kept = toy_blocks(original.config, rows=5), []
+    hook = original.transformer.h[1].mlp.c_proj.register_forward_pre_hook(lambda m, x: kept.append(x[0]))
+    logits(original, blocks.ids)
+    hook.remove()
+    moments = SecondMoments(FF)
+    moments.update(kept[0][blocks.mask])
+    found = fractal_fit.worth(nested_bases.parts_of(original), {fractal_fit.PROJ: {1: moments}}, 1, fractal_fit.PROJ)
+    for neuron in (0, 77):
+        added = kept[0][blocks.mask][:, neuron, None].double() * original.transformer.h[1].mlp.c_proj.weight[neuron]
+        wanted = (added - added.mean(0)).square().sum(1).mean()
+        assert float(found[neuron]) == pytest.approx(float(wanted), rel=1e-5)
 
 
 @pytest.mark.parametrize(
