@@ -93,19 +93,18 @@ def test_a_budget_of_time(recovered_run, tmp_path, session, monkeypatch):
 def test_a_mix_that_is_slower_than_its_layers_say_leaves_the_one_with_a_layer_less(
     recovered_run, tmp_path, session, monkeypatch
 ):
-    """The budget is what three layers of each would take, and mixes take a little more."""
-    model = open_model(str(recovered_run)).model
+    """The budget is what three layers of 128 neurons and three of 64 would take, and mixes take a little more."""
     result = dataclasses.make_dataclass("Result", ["value", "settings"])
 
     def measure(subjects, **settings):
-        found = []
-        for own in (subject.model for subject in subjects):
-            nest = getattr(own.config, "matryoshka", None)
-            found.append(parameters(own) + 1000 * bool(nest and nest["ffn_of_layers"]))
-        return [[result(0, {"new_tokens": 1}), result(time, {})] for time in found]
+        times = []
+        for subject in subjects:
+            neurons = [block.mlp.c_fc.nf for block in subject.model.transformer.h]
+            times.append(sum(100 + own for own in neurons) + 20 * (len(set(neurons)) > 1))
+        return [[result(0, {"new_tokens": 1}), result(time, {})] for time in times]
 
     monkeypatch.setattr(slice_plan.latency, "measure", measure)
-    most = parameters(model.slice(ffn=[128] * 3 + [64] * 3)) / parameters(model)
+    most = (3 * 228 + 3 * 164) / (6 * 228)
     said = pipeline.slice_model(str(recovered_run), tmp_path / "out", session, max_latency=most, max_tokens=200)
     mixed = {row["slice"] for row in said["plan"]["candidates"] if "128x" in row["slice"] and "64x" in row["slice"]}
     assert mixed == {"ffn-128x2-64x4", "ffn-64x4-128x2"}
