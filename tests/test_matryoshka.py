@@ -562,8 +562,12 @@ def test_with_teacher_the_whole_size_learns_from_it(ids):
 def test_recovery_helps_every_size_and_is_what_is_judged(train, tmp_path):
     rewrite, original, model = nested({"ffn": [0.25], "depth": [3], "head": [16]})
     blocks = toy_blocks(original.config, rows=32)
+    before = copy.deepcopy(model.state_dict())
     result = finetune(model, blocks, blocks, rewrites=[rewrite], train=train, steps=30, batch_tokens=512,
                       learning_rate=3e-3)  # fmt: skip
+    apart = [key for key in before if "nesting" in key or "head_map" in key]
+    still = [key for key in apart if torch.equal(model.state_dict()[key], before[key])]
+    assert len(apart) == LAYERS + 2 + 2 and not still, "beside adapters too"
     assert result.evaluations[-1].nll < result.evaluations[0].nll - 0.05
     sizes = trained_sizes(model.config)
     mean = 0.0
