@@ -402,6 +402,30 @@ def test_parts_are_judged_on_their_own_rows_as_if_they_were_all(made):
     assert found / int(blocks.mask[:, 1:].sum()) == pytest.approx(wanted / 7, rel=1e-5)
 
 
+def test_pads_are_neither_predicted_nor_learned_from(made, ids):
+    """A row with pads behind it is that row alone, in every part."""
+    from compressor.fractal_training import DividedObjective
+
+    rewrite, original, model = made
+    nest = dataclasses.replace(rewrite.nest(model), inner=0.5)
+    objective, mask = DividedObjective(model, original, 0.5, (), None, divided=nest), (torch.arange(20) < 12)[None]
+    with torch.no_grad():
+        padded, alone = objective(ids[:1], mask, None, False), objective(ids[:1, :12], None, None, False)
+    assert padded[0].item() == pytest.approx(alone[0].item(), rel=1e-5)
+    assert padded[1].tolist() == pytest.approx(alone[1].tolist(), rel=1e-5)
+
+
+def test_the_whole_learns_from_a_teacher(ids):
+    """Of the whole the KL to the teacher is in the curve, of parts that to the whole has no share."""
+    rewrite, original, model = divided({"levels": 1, "share": "all"})
+    teacher, blocks = toy_gpt2(seed=4), toy_blocks(original.config, rows=4)
+    chances = [logits(one, blocks.ids)[:, :-1].double().log_softmax(-1) for one in (teacher, model)]
+    apart = (chances[0].exp() * (chances[0] - chances[1])).sum(-1)[blocks.mask[:, 1:]].mean().item()
+    result = finetune(model, blocks, None, rewrites=[rewrite], train="full", steps=1, batch_tokens=256, teacher=teacher,
+                      autocast="none")  # fmt: skip
+    assert result.curve[0].divergence == pytest.approx(apart / 3, rel=1e-4)  # a mean over three models
+
+
 @torch.no_grad()
 def test_what_is_alike_does_not_depend_on_how_it_is_written():
     """A head's own basis and size, where LayerNorm's gain stands and how long a neuron's column is: of no effect."""

@@ -545,6 +545,31 @@ def test_whom_a_size_that_is_taken_alone_learns_from(mix, inner, ids):
         assert bool(rest.any()) == (size == whole)
 
 
+def test_pads_are_neither_predicted_nor_learned_from(everything, ids):
+    """A row with pads behind it is that row alone, in every size, towards a teacher or the whole one."""
+    from compressor.nested_training import NestedObjective
+
+    rewrite, original, model = everything
+    mask = (torch.arange(20) < 12)[None]
+    for teacher in (None, original):
+        objective = NestedObjective(model, teacher, 0.5 if teacher else 0.0, (), None, nest=rewrite.nest(model), seed=0)
+        with torch.no_grad():
+            padded, alone = objective(ids[:1], mask, False), objective(ids[:1, :12], None, False)
+        assert padded[0].item() == pytest.approx(alone[0].item(), rel=1e-5)
+        assert padded[1].tolist() == pytest.approx(alone[1].tolist(), rel=1e-5)
+
+
+def test_sizes_drop_what_the_whole_one_drops(ids):
+    from compressor.nested_training import NestedObjective
+
+    rewrite, _, model = nested({"ffn": [0.5]}, resid_pdrop=0.5)
+    objective = NestedObjective(model, None, 0.0, (), None, nest=rewrite.nest(model), seed=0)
+    objective.sizes = rewrite.nest(model).sizes[1:]
+    with torch.no_grad():
+        still, dropped = ([objective.train(on)(ids, None, False)[0].item() for _ in range(2)] for on in (False, True))
+    assert still[0] == still[1] and dropped[0] != dropped[1]
+
+
 def test_with_teacher_the_whole_size_learns_from_it(ids):
     rewrite, original, model = nested({"ffn": [0.5]})
     with torch.no_grad():
