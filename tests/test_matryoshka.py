@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -691,6 +692,9 @@ def test_an_interrupted_recovery_goes_on_as_if_nothing_had_been(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             finetune(model, blocks, blocks, state_folder=folder, checkpoint_every=2, progress=halt, **asked)
         rewrite, original, model = nested({"ffn": [0.5], "depth": [3], "head": [16], "train": "sandwich"})
+        other = {**asked, "rewrites": [dataclasses.replace(rewrite, inner=0.5)]}
+        with pytest.raises(UserError, match="rewrites"):
+            finetune(model, blocks, blocks, state_folder=folder, resume=True, **other)
         return model, finetune(model, blocks, blocks, state_folder=folder, resume=True, **asked)
 
     (straight, _), (resumed, _) = recovered(), recovered(stop=5)
