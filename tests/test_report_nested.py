@@ -59,3 +59,8 @@ def test_it_stands_in_the_report_and_on_the_terminal_where_something_is_nested()
     assert nested.TITLE in document(content(made)) and nested.TITLE in terminal(made, Gaps(made))
     alone = report(row("original", [*size(10), *perplexity(20)]), row("one: recovered", [*size(8), *perplexity(21)]))
     assert list(nested.tables(alone)) == [] and list(nested.findings(alone)) == []
+    lonely = report(*(row for row in made.rows if row.name.startswith(("original", "a: "))))
+    assert list(nested.tables(lonely)) == [], "nothing stands beside a slice"
+    assert list(nested.findings(lonely)) == [
+        "a from its largest to its smallest size, perplexity 21.00, 25.00, 30.00: a larger one is never worse."
+    ]

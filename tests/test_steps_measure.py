@@ -190,3 +190,15 @@ def test_force_measures_anew(tasks, session, tiny_folder, reviews, tmp_path):
     artifacts.write_json(out / "measured.json", "measured", {"measured": {"what": "was left"}}, ORIGIN)
     pipeline.run_benchmark([str(tiny_folder)], out, ["sorting"], {"": str(reviews)}, forced(session))
     assert not (out / "measured.json").exists()
+
+
+def test_models_without_what_is_measured_are_not_asked(recovered_run, tiny_folder, text_file, tmp_path, session):
+    drafts = {"metric": "assisted", "prompts": 1, "prompt_tokens": 8, "new_tokens": 4, "repeats": 2, "max_tokens": 200}
+    made = pipeline.run_benchmark([str(recovered_run)], tmp_path / "a", [drafts], {"": str(text_file)}, session)
+    assert {row.name: bool(row.results) for row in made.rows} == {
+        "original": False, "rewritten": True, "recovered": True,
+    }  # fmt: skip
+    assert not any(row.gaps for row in made.rows)
+    assert "gap" not in (tmp_path / "a" / "report.md").read_text()
+    with pytest.raises(UserError, match="no smaller models are nested in it"):  # nobody has it
+        pipeline.run_benchmark([str(tiny_folder)], tmp_path / "b", [drafts], {"": str(text_file)}, session)

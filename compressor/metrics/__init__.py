@@ -1,10 +1,11 @@
 """How models are measured: one file a metric, one definition of each measure."""
 
+from .. import slicing
 from . import assisted, extrapolation, generation, imdb, latency, perplexity, rouge, size
 from .base import Metric, MetricResult, Progress
 
 METRICS: dict[str, Metric] = {
-    "assisted": Metric(assisted.measure, assisted.SETTINGS, data="text"),
+    "assisted": Metric(assisted.measure, assisted.SETTINGS, data="text", measures=slicing.is_nested),
     "extrapolation": Metric(extrapolation.measure, extrapolation.SETTINGS, data="text"),
     "generation": Metric(generation.measure, generation.SETTINGS),
     "imdb": Metric(

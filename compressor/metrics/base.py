@@ -51,7 +51,7 @@ class Metric:
     it measures all models at once: `run(subjects, data, ...)` then gives one list of results a subject. references:
     what is measured without any of the models, as baseline rows: `references(data, subject, **settings)` gives name ->
     results; `subject`, the first model, lends its tokenizer. saves: `run` and takes `folder`, a Path to leave models
-    in, or None.
+    in, or None. measures: by its config, whether a model has what is measured; None: all have.
     """
 
     run: Callable[..., list[Any]]  # of MetricResult; together: of lists of them
@@ -61,6 +61,7 @@ class Metric:
     together: bool = False
     references: Callable[..., dict[str, list[MetricResult]]] | None = None
     saves: bool = False
+    measures: Callable[[Any], bool] | None = None
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> int:

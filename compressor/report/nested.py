@@ -56,9 +56,9 @@ def _sized(report: Report, row: Row) -> Sized | None:
 
 
 def tables(report: Report) -> Iterator[Table]:
-    """A line for each pair of a slice and a model of about its size; none where nothing is nested."""
+    """A line for each pair of a slice and a model of about its size; none where there is no such pair."""
     found = beside(report)
-    if not found:
+    if not any(others for _, others in found):
         return
     body: list[tuple[str, ...]] = []
     for one, others in found:

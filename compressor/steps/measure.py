@@ -145,7 +145,7 @@ def run_benchmark(
         known={row: (rows[row], weights[row]) for row in rows},
         memory=memory,
         folder=out / CLASSIFIERS,
-        only=only,
+        only=_asked(only, found, list(dict(chosen))),
     )
     for reason in dict.fromkeys(f"{gap.metric}: {gap.reason}" for row in result.rows for gap in row.gaps):
         session.notice(f"warning: not measured: {reason}")
@@ -158,6 +158,20 @@ def run_benchmark(
     report.write(out, result, stories(names, session.notice))  # last: where it is, all is done
     artifacts.remove(out / MEASURED)
     return result
+
+
+def _asked(
+    only: Mapping[str, Collection[str]], found: Mapping[str, Checkpoint], metrics: Sequence[str]
+) -> dict[str, Collection[str]]:
+    """`only`, without what some models have and others have not: these are not asked for it. Where none has it, all
+    are, and say why they have none."""
+    asked = dict(only)
+    for metric in metrics:
+        has = METRICS[metric].measures
+        without = [] if has is None else [row for row, item in found.items() if not has(item.config)]
+        if len(without) < len(found):
+            asked |= {row: set(asked.get(row, metrics)) - {metric} for row in without}
+    return asked
 
 
 def check_place(out: Path, session: Session) -> None:

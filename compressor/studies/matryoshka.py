@@ -95,5 +95,4 @@ MATRYOSHKA = Study(
         "Time of a prompt and of a token, all models in one process: Prefill latency, Decode latency.",
         "Each slice drafts for the nested model, before and after recovery: Written with drafts.",
     ),
-    apart={"assisted": ("nested: rewritten", "nested: recovered")},
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class Study:
     members: tuple[Member, ...] | Callable[[Mapping[str, Any], GPT2Config], tuple[Member, ...]]  # of recipe and model
     before: Collection[str]  # the metrics that the models get right after the rewrite; recovered ones get all
     workflow: tuple[str, ...] = ()  # its steps, and where the report has what came of each
-    apart: Mapping[str, Collection[str]] = field(default_factory=dict)  # metric -> the only rows that it is measured on
 
     def of(self, shared: Mapping[str, Any]) -> tuple[Member, ...]:
         """The members for the recipe that they share."""
@@ -152,9 +151,5 @@ def _only(study: Study, found: Sequence[str], shared: Recipe) -> dict[str, set[s
     """The metrics of the rows that do not get all of them."""
     untrained = ("rewritten", run_folder.UNTRAINED, *run_folder.BASELINE_KINDS)
     asked = {metric for metric, _ in check_metrics(shared.benchmark.metrics)}
-    only = {}
-    for row in found:
-        early = shared.finetune is not None and ": " in row and row.endswith(untrained)
-        others = {metric for metric, own in study.apart.items() if row not in own}
-        only[row] = (set(study.before) if early else asked) - others
-    return {row: metrics for row, metrics in only.items() if metrics != asked}
+    early = [row for row in found if shared.finetune is not None and ": " in row and row.endswith(untrained)]
+    return {row: set(study.before) for row in early if set(study.before) != asked}
