@@ -34,7 +34,7 @@ class Alibi(Rewrite):
     name = "alibi"
 
     slopes: Literal["geometric", "fitted", "learned"] = "fitted"
-    least: float = 8.0
+    least: float = 12.0
     anneal: float = 0.5
 
     def sites(self, base: GPT2Config) -> frozenset[str]:
