@@ -45,4 +45,4 @@ def show(text: str, out: Path | None) -> None:
     """Print, and write."""
     print(text)
     if out:
-        out.write_text(text + "\n")
+        out.write_text(text + "\n", encoding="utf-8")
