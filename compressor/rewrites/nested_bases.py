@@ -106,8 +106,7 @@ def principal_basis(moment: Tensor) -> Tensor:
 
 def rotate(parts: Parts, basis: Tensor) -> None:
     """The residual stream in another basis, [d, d] as of `principal_basis`. Needs `fold_norms`; the final LayerNorm's
-    gain and bias become `head_map`, so that the head stays the embeddings, or stands in
-    coordinates as these do."""
+    gain and bias become `head_map`, so that the head stays the embeddings, or stands in coordinates as these do."""
     rotation = reflected(basis)  # keeps the vector of ones
     for (layer, leaf), (weight, bias) in list(parts.linears.items()):
         if leaf in READING:
